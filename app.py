@@ -1,0 +1,740 @@
+"""Reads a brain MRI and says whether it shows a tumor, of which kind, how sure it is and where it looked.
+
+`flask run` serves a form for people and `POST /upload` for programs. The file reads in the order
+in which data flows: settings, reading, classifier, store, pages, commands. Not a medical device.
+"""
+
+import csv
+import datetime
+import hashlib
+import io
+import json
+import os
+import pathlib
+import re
+import secrets
+import shutil
+import threading
+import time
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+
+import click
+import numpy as np
+from flask import (
+    Flask,
+    Response,
+    abort,
+    current_app,
+    jsonify,
+    redirect,
+    render_template,
+    request,
+    send_file,
+    url_for,
+)
+from flask.cli import with_appcontext
+from PIL import Image, ImageOps, UnidentifiedImageError
+from werkzeug.exceptions import HTTPException, InternalServerError, RequestEntityTooLarge
+
+HERE = pathlib.Path(__file__).parent
+
+# ------------------------------------------------------------------------------ settings
+
+DEFAULTS = {
+    "MODEL": str(HERE / "model.keras"),
+    "UPLOADS": str(HERE / "uploads"),
+    "MAX_CONTENT_LENGTH": 32 * 1024 * 1024,  # bytes of one request
+    "MAX_FILES": 32,  # scans of one request
+    "MAX_PIXELS": 50_000_000,  # pixels of one picture, before it is decoded
+    "MAX_WAITING": 8,  # requests that wait for the network; beyond them: 503
+    "RETENTION_HOURS": 24.0,
+    "THREADS": os.cpu_count() or 1,
+    "CORS_ORIGINS": "",  # separated by commas
+}
+
+
+def configure(app, overrides):
+    """Fill app.config from DEFAULTS, then from FLASK_... in the environment, then from `overrides`.
+
+    Raises click.BadParameter if a value has not the type of its default.
+    """
+    app.config.from_mapping(DEFAULTS)
+    app.config.from_prefixed_env()
+    app.config.from_mapping(overrides)
+    for key, default in DEFAULTS.items():
+        try:
+            app.config[key] = type(default)(app.config[key])
+        except (TypeError, ValueError):
+            kind = "a text" if isinstance(default, str) else "a number"
+            raise click.BadParameter(
+                f"FLASK_{key} is {app.config[key]!r}, but it has to be {kind}, such as {default!r}."
+            ) from None
+
+
+# ------------------------------------------------------------------------------- reading
+
+SIDE = 224  # pixels the network sees, across and down
+KEPT_SIDE = 1024  # a larger picture is reduced to this; the network sees less anyway
+SMALLEST_SIDE = 32
+KINDS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+ACCEPTED = "a JPEG, PNG, WEBP, BMP or TIFF picture"
+Image.MAX_IMAGE_PIXELS = None  # read_scans() looks at the size itself, before it decodes
+
+
+class UnreadableScan(ValueError):
+    """A file that gives no scan; the message is for the person who sent it, `status` for HTTP."""
+
+    def __init__(self, message, status=415):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One greyscale picture: pixels uint8 (H, W), where it came from, warnings in plain words."""
+
+    pixels: np.ndarray
+    file: str
+    slice: int = 0
+    plane: str | None = None
+    window: tuple[float, float] | None = None  # the stored values shown as black and as white
+    colour: float = 0.0  # mean distance between the largest and smallest of R, G, B; 0 to 255
+    warnings: tuple[str, ...] = ()
+
+
+def read_scans(data: bytes, name: str, max_pixels: int = DEFAULTS["MAX_PIXELS"]) -> list[Scan]:
+    """The scans in one file: one for a still picture, one a page for a TIFF.
+
+    The kind is told from the content, never from the name, of which only the last part is kept.
+    Raises UnreadableScan, with a sentence for the sender, for anything else.
+    """
+    name = plain_name(name)
+    if not data:
+        raise UnreadableScan(f"{name} is empty; choose the file again.", 400)
+    try:
+        image = Image.open(io.BytesIO(data), formats=KINDS)
+    except UnidentifiedImageError:
+        raise UnreadableScan(f"{name} is not {ACCEPTED}; export the scan as one of these.") from None
+    except Exception:  # Pillow's parsers raise nearly anything on damaged headers
+        raise damaged(name) from None
+    if image.width * image.height > max_pixels:
+        raise UnreadableScan(
+            f"{name} has {image.width} x {image.height} pixels, more than the {max_pixels:,} allowed; send it smaller.",
+            413,
+        )
+    if min(image.size) < SMALLEST_SIDE:
+        raise UnreadableScan(
+            f"{name} has {image.width} x {image.height} pixels, "
+            f"but a scan needs at least {SMALLEST_SIDE} x {SMALLEST_SIDE}."
+        )
+    pages = image.n_frames if image.format == "TIFF" else 1
+    return [read_page(image, page, name) for page in range(pages)]
+
+
+def plain_name(name):
+    """The last part of a visitor's file name, without control characters, at most 100 long."""
+    last = re.split(r"[/\\]", name or "")[-1]
+    return "".join(c for c in last if c.isprintable())[:100] or "The file"
+
+
+def damaged(name):
+    return UnreadableScan(f"{name} is damaged or cut off; export it again.")
+
+
+def read_page(image, page, name):
+    """Page `page` of an open picture as a Scan; raises UnreadableScan if it cannot be decoded."""
+    try:
+        image.seek(page)
+        frame = ImageOps.exif_transpose(image)
+        frame.load()
+    except Exception:  # as above: truncated, lying and mutated files
+        raise damaged(name) from None
+    pixels, window, colour = grey(frame)
+    scan = Scan(shrink(pixels), name, page, window=window, colour=colour)
+    return replace(scan, warnings=tuple(quality_warnings(scan, min(frame.size))))
+
+
+def grey(frame):
+    """A decoded Pillow picture as (pixels uint8 (H, W), window or None, colour 0 to 255).
+
+    More than 8 bits are scaled linearly from the 0.1th to the 99.9th percentile, so that one
+    hot pixel does not turn the head black. What is transparent becomes black.
+    """
+    if frame.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(frame, np.float32))
+        low, high = np.percentile(values, (0.1, 99.9))
+        scaled = (values - low) / max(high - low, 1e-6) * 255
+        return scaled.clip(0, 255).astype(np.uint8), (float(low), float(high)), 0.0
+    if frame.mode in ("1", "L"):
+        return np.asarray(frame.convert("L")), None, 0.0
+    opaque = Image.new("RGBA", frame.size, "black")
+    opaque.alpha_composite(frame.convert("RGBA"))
+    sample = np.asarray(opaque.convert("RGB").reduce(max(1, min(frame.size) // 128)), np.int16)
+    return np.asarray(opaque.convert("L")), None, float(np.ptp(sample, axis=2).mean())
+
+
+def shrink(pixels):
+    """Pixels with no side above KEPT_SIDE, the aspect ratio kept."""
+    if max(pixels.shape) <= KEPT_SIDE:
+        return pixels
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((KEPT_SIDE, KEPT_SIDE), Image.Resampling.BILINEAR)
+    return np.asarray(picture)
+
+
+def quality_warnings(scan, smallest_side):
+    """Yield what a reader of the answer should know about the picture, in plain words."""
+    if smallest_side < 128:
+        yield f"The picture is small ({smallest_side} pixels); details may be lost."
+    if np.ptp(np.percentile(scan.pixels, (1, 99))) < 40:
+        yield "The contrast is low; the answer may be unreliable."
+    if scan.colour > 4:
+        yield "The picture is in colour; it was turned to grey."
+
+
+def head_box(pixels):
+    """Box (x0, y0, x1, y1), in pixels, around what differs from the background.
+
+    The background is the level of the four corners, so that a white one works as well. Rows and
+    columns count where at least 2 % of their pixels stand out. The whole picture, if that
+    leaves next to nothing.
+    """
+    step = max(1, min(pixels.shape) // 256)
+    sample = pixels[::step, ::step].astype(np.int16)
+    h, w = (max(1, n // 16) for n in sample.shape)
+    corners = [sample[:h, :w], sample[:h, -w:], sample[-h:, :w], sample[-h:, -w:]]
+    difference = np.abs(sample - np.median([np.median(c) for c in corners]))
+    stands_out = difference > 0.12 * np.percentile(difference, 99)
+    ys = np.flatnonzero(stands_out.mean(1) > 0.02) * step
+    xs = np.flatnonzero(stands_out.mean(0) > 0.02) * step
+    if not len(xs) or not len(ys) or min(np.ptp(xs), np.ptp(ys)) < 0.25 * min(pixels.shape):
+        return 0, 0, pixels.shape[1], pixels.shape[0]
+    y1, x1 = min(ys[-1] + step, pixels.shape[0]), min(xs[-1] + step, pixels.shape[1])
+    return int(xs[0]), int(ys[0]), int(x1), int(y1)
+
+
+def prepare(pixels: np.ndarray) -> np.ndarray:
+    """What the network sees of a scan: uint8 (224, 224, 3), three equal channels.
+
+    Cropped to the head, stretched to the full range of grey but for 1 % at each end, resized
+    with its aspect ratio kept and padded with black. Training and serving both call this.
+    Raises ValueError unless `pixels` is uint8 (H, W).
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 2:
+        raise ValueError(f"expected uint8 pixels (H, W), got {pixels.dtype} {pixels.shape}")
+    x0, y0, x1, y1 = head_box(pixels)
+    head = ImageOps.autocontrast(Image.fromarray(pixels[y0:y1, x0:x1]), cutoff=1)
+    square = ImageOps.pad(head, (SIDE, SIDE), Image.Resampling.BILINEAR)
+    return np.repeat(np.asarray(square)[..., None], 3, axis=2)
+
+
+# ---------------------------------------------------------------------------- classifier
+
+NO_TUMOR = "no_tumor"
+PLAIN_CARD = {"thresholds": {"low": 0.5, "high": 0.5}, "plain": True}  # a model without card.json
+PLAIN_LABELS = {2: [NO_TUMOR, "tumor"], 4: ["glioma", "meningioma", NO_TUMOR, "pituitary"]}
+
+
+class ModelError(click.ClickException):
+    """The model file cannot serve; one sentence says which file, what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The answer for one scan; a rejected one has a reason and nothing else."""
+
+    verdict: str  # "tumor", "no_tumor", "uncertain" or "rejected"
+    label: str | None = None
+    risk: str | None = None  # "low", "medium" or "high"
+    tumor_probability: float | None = None
+    probabilities: dict[str, float] | None = None
+    heat: np.ndarray | None = None  # float32 (14, 14), class activation map of `label`
+    reason: str | None = None
+
+
+class Classifier:
+    """VGG19 over a brain MRI slice, read from a `model.keras` that Brainmodel.ipynb wrote.
+
+    Task: tumor or not, and which type. Input: what prepare() returns. `card` is the archive's
+    card.json: labels in output order, thresholds, figures. Serves the archive's int8 network
+    through LiteRT or, if it has none, the float network through Keras, slower.
+
+    >>> classifier = Classifier("model.keras")
+    >>> classifier.classify(read_scans(open("scan.png", "rb").read(), "scan.png"))[0].verdict
+    """
+
+    def __init__(self, path, threads=1):
+        """Load the archive and answer once; raises ModelError if that cannot be done."""
+        self.path = pathlib.Path(path)
+        members = read_archive(self.path)
+        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        self.card = read_card(members.get("card.json"), self.path)
+        self.lock = threading.Lock()
+        if "serving.tflite" in members:
+            self.engine, self.run = "litert-int8", litert(members["serving.tflite"], threads, self.path)
+        else:
+            self.engine, self.run = "keras-float32", keras_model(self.path)
+        width = self.infer(np.zeros((1, SIDE, SIDE, 3), np.uint8))["probabilities"].shape[1]
+        self.labels = self.card.get("labels") or PLAIN_LABELS.get(width, [])
+        if width != len(self.labels) or NO_TUMOR not in self.labels:
+            labels = ", ".join(self.labels) or "unknown"
+            raise wrong_model(self.path, f"gives {width} numbers a scan, but its labels are {labels}")
+
+    def infer(self, prepared):
+        """Outputs by name for uint8 (N, 224, 224, 3); engines are not shared between threads."""
+        with self.lock:
+            return self.run(prepared)
+
+    def classify(self, scans: list[Scan]) -> list[Finding]:
+        """A Finding for each scan, in order, from one forward pass over all that are pictures."""
+        if not scans:
+            return []
+        outputs = self.infer(np.stack([prepare(scan.pixels) for scan in scans]))
+        heats = outputs.get("heat", [None] * len(scans))
+        embeddings = outputs.get("embedding", [None] * len(scans))
+        return [self.finding(*each) for each in zip(scans, outputs["probabilities"], heats, embeddings)]
+
+    def finding(self, scan, probabilities, heat, embedding):
+        reason = self.why_rejected(scan, embedding)
+        if reason:
+            return Finding("rejected", reason=reason)
+        by_label = {label: float(p) for label, p in zip(self.labels, probabilities)}
+        tumor_probability = 1 - by_label[NO_TUMOR]
+        verdict, risk = judge(tumor_probability, **self.card["thresholds"])
+        label = most_probable(by_label, verdict)
+        if heat is not None:
+            heat = np.asarray(heat[..., self.labels.index(label)], np.float32)
+        return Finding(verdict, label, risk, tumor_probability, by_label, heat)
+
+    def why_rejected(self, scan, embedding):
+        """A sentence if the picture is no brain MRI, else None.
+
+        Colour and blankness are seen in the picture. For the rest the card holds a line through
+        the network's embedding, drawn between brain MRI and other pictures (outlier exposure,
+        Hendrycks et al. 2019).
+        """
+        if np.ptp(np.percentile(scan.pixels, (1, 99))) < 10:
+            return "The picture is blank or nearly so."
+        if scan.colour > 40:
+            return "The picture is in strong colours, which no MRI is."
+        gate = self.card.get("gate")
+        if gate is None or embedding is None:
+            return None
+        score = float(np.dot(embedding, gate["weights"])) + gate["bias"]
+        return None if score >= gate["threshold"] else "This does not look like a slice of a brain MRI."
+
+
+def read_archive(path):
+    """{name: bytes} of the members that Keras ignores; raises ModelError for a file that is none."""
+    if not path.is_file():
+        raise ModelError(f"{path} is missing; run Brainmodel.ipynb or fetch it with the repository.")
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise ModelError(f"{path} is a git-LFS pointer, not the model; run `git lfs pull`.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist()) & {"card.json", "serving.tflite"}
+            return {name: archive.read(name) for name in names}
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
+        raise ModelError(f"{path} is cut off or damaged; fetch it again or run Brainmodel.ipynb.") from None
+
+
+def wrong_model(path, what):
+    return ModelError(f"{path} {what}; run Brainmodel.ipynb to write one that fits.")
+
+
+def read_card(data, path):
+    """The card from the bytes of card.json, or PLAIN_CARD for None."""
+    if data is None:
+        return PLAIN_CARD
+    try:
+        return json.loads(data)
+    except ValueError:
+        raise wrong_model(path, "has a card.json that cannot be read") from None
+
+
+def litert(network, threads, path="model.keras"):
+    """The int8 network (bytes) as a function from uint8 (N, 224, 224, 3) to outputs by name."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    try:
+        runner = Interpreter(model_content=network, num_threads=threads).get_signature_runner()
+    except ValueError:
+        raise wrong_model(path, "holds a network that cannot be read") from None
+    shape = tuple(runner.get_input_details()["scan"]["shape_signature"])
+    if shape != (-1, SIDE, SIDE, 3):
+        raise wrong_model(path, f"takes scans {shape}, not (-1, {SIDE}, {SIDE}, 3)")
+    return lambda prepared: runner(scan=prepared.astype(np.float32))
+
+
+def keras_model(path):
+    """The float network of an archive as a function, as litert(); imports TensorFlow."""
+    import keras
+
+    try:
+        model = keras.models.load_model(path, compile=False)
+    except Exception as error:  # Keras raises nearly anything on an archive it does not know
+        raise ModelError(f"{path} is not a Keras model; run Brainmodel.ipynb to write one.") from error
+    if model.input_shape != (None, SIDE, SIDE, 3):
+        raise wrong_model(path, f"takes scans {model.input_shape}, not (None, {SIDE}, {SIDE}, 3)")
+    serving = with_heat(model)
+    return lambda prepared: {k: np.asarray(v) for k, v in serving(prepared.astype("float32")).items()}
+
+
+def with_heat(model):
+    """A Keras model as one with the outputs `probabilities`, `heat` and `embedding`.
+
+    The heat of a label is its class activation map: what the dense layer weighs after the global
+    average pooling, weighed before it (Zhou et al. 2016), so its mean is the label's logit less
+    the bias. A model without that ending keeps `probabilities` alone.
+    """
+    import keras
+
+    pool = next((la for la in model.layers if isinstance(la, keras.layers.GlobalAveragePooling2D)), None)
+    head = model.layers[-1]
+    if pool is None or not isinstance(head, keras.layers.Dense) or head.kernel.shape[0] != pool.output.shape[1]:
+        return keras.Model(model.input, {"probabilities": model.output})
+    weigh = keras.layers.Conv2D(head.units, 1, use_bias=False, name="heat", dtype="float32")
+    heat = weigh(pool.input)
+    weigh.set_weights([head.get_weights()[0][None, None]])
+    outputs = {"probabilities": model.output, "heat": heat, "embedding": pool.output}
+    return keras.Model(model.input, outputs)
+
+
+def judge(tumor_probability, low, high):
+    """(verdict, risk) of a tumor probability between the card's two thresholds."""
+    if tumor_probability < low:
+        return NO_TUMOR, "low"
+    if tumor_probability >= high:
+        return "tumor", "high"
+    return "uncertain", "medium"
+
+
+def most_probable(probabilities, verdict):
+    """The label to name: of the tumors alone if the verdict is `tumor`, so that both agree."""
+    if verdict == NO_TUMOR:
+        return NO_TUMOR
+    named = [label for label in probabilities if verdict != "tumor" or label != NO_TUMOR]
+    return max(named, key=probabilities.get)
+
+
+# --------------------------------------------------------------------------------- store
+
+ID = re.compile(r"[A-Za-z0-9_-]{22}")  # secrets.token_urlsafe(16)
+
+# Black, purple, orange, pale yellow: matplotlib's `inferno` at nine even steps, even to the eye.
+HEAT_COLOURS = np.array(
+    [
+        (0, 0, 4), (33, 12, 74), (87, 16, 110), (138, 34, 106), (188, 55, 84),
+        (227, 89, 51), (249, 140, 10), (249, 201, 50), (252, 255, 164),
+    ]
+)  # fmt: skip
+
+
+def save(uploads, scans, findings, model):
+    """Write one upload to `uploads`/<id>/ and return its result, the dict of `result.json`.
+
+    Holds the pictures re-encoded, the heatmaps and the answer; nothing of the files sent but
+    the last part of their names. Written under a temporary name, so it is whole or absent.
+    """
+    upload_id = secrets.token_urlsafe(16)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    result = {
+        "id": upload_id,
+        "created": now.replace("+00:00", "Z"),
+        "status": "done",
+        "progress": 1.0,
+        "scans": [scan_entry(upload_id, n, scan, finding) for n, (scan, finding) in enumerate(zip(scans, findings))],
+        "model": model,
+    }
+    partial = uploads / f".{upload_id}"
+    try:
+        for n, (scan, finding) in enumerate(zip(scans, findings)):
+            write_pictures(partial / str(n), scan, finding)
+        (partial / "result.json").write_text(json.dumps(result))
+        partial.rename(uploads / upload_id)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return result
+
+
+def scan_entry(upload_id, n, scan, finding):
+    """Scan n of an upload as the JSON of a result has it."""
+    address = f"/results/{upload_id}/{n}"
+    probabilities = finding.probabilities and {k: round(p, 4) for k, p in finding.probabilities.items()}
+    p = finding.tumor_probability
+    return {
+        "file": scan.file,
+        "slice": scan.slice,
+        "verdict": finding.verdict,
+        "label": finding.label,
+        "risk": finding.risk,
+        "tumor_probability": None if p is None else round(p, 4),
+        "probabilities": probabilities,
+        "reason": finding.reason,
+        "warnings": list(scan.warnings),
+        "scan": f"{address}/scan.png",
+        "heatmap": None if finding.heat is None else f"{address}/heatmap.png",
+    }
+
+
+def write_pictures(folder, scan, finding):
+    """scan.png and, where there is a heat, heatmap.png; fast rather than small."""
+    folder.mkdir(parents=True)
+    Image.fromarray(scan.pixels).save(folder / "scan.png", compress_level=1)
+    if finding.heat is not None:
+        draw_heat(scan.pixels, finding.heat).save(folder / "heatmap.png", compress_level=1)
+
+
+def heat_levels(pixels, heat):
+    """The heat of a label, float (14, 14), over the scan it came from: float32 (H, W), 0 to 1.
+
+    The map lies over the square that prepare() made; padding and crop are undone.
+    """
+    x0, y0, x1, y1 = head_box(pixels)
+    width, height = x1 - x0, y1 - y0
+    side = max(width, height)
+    warm = np.maximum(heat, 0).astype(np.float32) / max(float(heat.max()), 1e-6)
+    square = Image.fromarray(warm).resize((side, side), Image.Resampling.BICUBIC)
+    left, top = (side - width) // 2, (side - height) // 2
+    levels = np.zeros(pixels.shape, np.float32)
+    levels[y0:y1, x0:x1] = np.asarray(square)[top : top + height, left : left + width]
+    return levels.clip(0, 1)
+
+
+def draw_heat(pixels, heat):
+    """The scan as an RGB picture with the heat over it, opaque where it is hottest."""
+    levels = (heat_levels(pixels, heat) * 255).astype(np.uint8)
+    colours = Image.fromarray(heat_palette()[levels])
+    opacity = Image.fromarray((levels * 0.7).astype(np.uint8))
+    return Image.composite(colours, Image.fromarray(pixels).convert("RGB"), opacity)
+
+
+def heat_palette():
+    """uint8 (256, 3): HEAT_COLOURS with the steps between them filled in."""
+    steps = np.linspace(0, 255, len(HEAT_COLOURS))
+    channels = [np.interp(np.arange(256), steps, c) for c in HEAT_COLOURS.T]
+    return np.stack(channels, axis=1).round().astype(np.uint8)
+
+
+def find_upload(uploads, upload_id):
+    """The folder of an upload; 404 if there is none (any more)."""
+    folder = uploads / upload_id
+    if not ID.fullmatch(upload_id) or not (folder / "result.json").is_file():
+        abort(404, "There is no such result (any more); results are removed after a time.")
+    return folder
+
+
+def sweep(uploads, hours):
+    """Remove what is older than `hours`, half-written uploads included."""
+    oldest = time.time() - hours * 3600
+    for folder in uploads.iterdir():
+        if folder.is_dir() and folder.stat().st_mtime < oldest:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def as_csv(result):
+    """The CSV of a result: a line a scan, a column a label."""
+    labels = result["model"]["labels"]
+    columns = ["file", "slice", "verdict", "label", "risk", "tumor_probability", *labels]
+    text = io.StringIO()
+    table = csv.DictWriter(text, [*columns, "reason", "warnings"], extrasaction="ignore")
+    table.writeheader()
+    for scan in result["scans"]:
+        probabilities = scan["probabilities"] or {}
+        table.writerow(scan | probabilities | {"warnings": " ".join(scan["warnings"])})
+    return text.getvalue()
+
+
+# ------------------------------------------------------------------------- pages and API
+
+
+def create_app(overrides=None):
+    """The Flask app, its model loaded once; raises ModelError if that cannot serve."""
+    app = Flask(__name__)
+    configure(app, overrides or {})
+    pathlib.Path(app.config["UPLOADS"]).mkdir(parents=True, exist_ok=True)
+    app.classifier = Classifier(app.config["MODEL"], app.config["THREADS"])
+    app.places = threading.BoundedSemaphore(app.config["MAX_WAITING"])
+    app.add_url_rule("/", "index", index)
+    app.add_url_rule("/", "upload_form", upload_form, methods=["POST"])
+    app.add_url_rule("/upload", "upload", upload, methods=["POST"])
+    app.add_url_rule("/results/<upload_id>", "result_page", result_page)
+    app.add_url_rule("/results/<upload_id>.json", "result_json", result_json)
+    app.add_url_rule("/results/<upload_id>.csv", "result_csv", result_csv)
+    app.add_url_rule("/results/<upload_id>/<int:n>/<any(scan, heatmap):kind>.png", "picture", picture)
+    app.add_url_rule("/results/<upload_id>/delete", "delete", delete, methods=["POST"])
+    app.add_url_rule("/model", "model_page", model_page)
+    app.add_url_rule("/healthz", "healthz", healthz)
+    app.register_error_handler(HTTPException, show_error)
+    app.register_error_handler(UnreadableScan, show_unreadable)
+    app.after_request(add_headers)
+    app.cli.add_command(classify_command)
+    return app
+
+
+def uploads_folder():
+    return pathlib.Path(current_app.config["UPLOADS"])
+
+
+def model_summary():
+    """What a result says of the model that answered."""
+    classifier = current_app.classifier
+    return {"sha256": classifier.sha256, "engine": classifier.engine, "labels": classifier.labels}
+
+
+def receive():
+    """Read, classify and store the files of this request; returns the result.
+
+    Aborts with 400 (no file, too many), 413, 503; raises UnreadableScan for a bad file.
+    """
+    files = [file for file in request.files.getlist("file") if file.filename]
+    if not files:
+        abort(400, "No file was chosen; choose a scan and send it again.")
+    most = current_app.config["MAX_FILES"]
+    if len(files) > most:
+        abort(400, f"{len(files)} files were sent, but at most {most} are read at once.")
+    if not current_app.places.acquire(blocking=False):
+        abort(503, "The server is busy with other scans; try again in a few seconds.")
+    try:
+        pixels = current_app.config["MAX_PIXELS"]
+        scans = [scan for file in files for scan in read_scans(file.read(), file.filename, pixels)]
+        findings = current_app.classifier.classify(scans)
+        sweep(uploads_folder(), current_app.config["RETENTION_HOURS"])
+        return save(uploads_folder(), scans, findings, model_summary())
+    finally:
+        current_app.places.release()
+
+
+def index():
+    """GET /: the form."""
+    return render_template("index.html")
+
+
+def upload_form():
+    """POST /: classify what the form sent and go on to its page."""
+    return redirect(url_for("result_page", upload_id=receive()["id"]), 303)
+
+
+def upload():
+    """POST /upload: the same for programs."""
+    return jsonify(receive())
+
+
+def load_result(upload_id):
+    return json.loads((find_upload(uploads_folder(), upload_id) / "result.json").read_text())
+
+
+def result_page(upload_id):
+    """GET /results/<id>: the answer for people."""
+    return render_template("result.html", result=load_result(upload_id), card=current_app.classifier.card)
+
+
+def result_json(upload_id):
+    """GET /results/<id>.json"""
+    return jsonify(load_result(upload_id))
+
+
+def result_csv(upload_id):
+    """GET /results/<id>.csv"""
+    headers = {"Content-Disposition": f"attachment; filename={upload_id}.csv"}
+    return Response(as_csv(load_result(upload_id)), mimetype="text/csv", headers=headers)
+
+
+def picture(upload_id, n, kind):
+    """GET /results/<id>/<n>/scan.png or heatmap.png"""
+    path = find_upload(uploads_folder(), upload_id) / str(n) / f"{kind}.png"
+    if not path.is_file():
+        abort(404, "There is no such picture in this result.")
+    return send_file(path)
+
+
+def delete(upload_id):
+    """POST /results/<id>/delete: remove the upload at once."""
+    shutil.rmtree(find_upload(uploads_folder(), upload_id), ignore_errors=True)
+    return redirect(url_for("index"), 303)
+
+
+def model_page():
+    """GET /model: what the model was trained on and how well it did."""
+    return render_template("model.html", card=current_app.classifier.card, model=model_summary())
+
+
+def healthz():
+    """GET /healthz: 200 once an upload can be answered and kept, else 503."""
+    if not os.access(uploads_folder(), os.W_OK):
+        abort(503, "The uploads folder cannot be written.")
+    return jsonify(status="ok", model=current_app.classifier.sha256)
+
+
+def wants_json():
+    return request.path in ("/upload", "/healthz") or request.path.endswith(".json")
+
+
+def answer_error(status, sentence, headers=()):
+    """One sentence with its status: JSON for programs, the form again or a page for people."""
+    if wants_json():
+        response = jsonify(error=sentence)
+    elif request.path == "/":
+        response = current_app.make_response(render_template("index.html", error=sentence))
+    else:
+        response = current_app.make_response(render_template("error.html", error=sentence, status=status))
+    response.status_code = status
+    response.headers.extend(headers)
+    return response
+
+
+def show_error(error):
+    """Any HTTP error, the unforeseen ones included, in this app's clothes."""
+    headers = [("Retry-After", "5")] if error.code == 503 else []
+    if error.code in (405,) and error.valid_methods:
+        headers = [("Allow", ", ".join(error.valid_methods))]
+    sentence = error.description
+    if isinstance(error, RequestEntityTooLarge):
+        most = current_app.config["MAX_CONTENT_LENGTH"] // 2**20
+        sentence = f"The upload is larger than the {most} MB allowed; send fewer or smaller files."
+    if isinstance(error, InternalServerError):
+        sentence = "Something went wrong on the server; the log has it. Nothing was kept."
+    return answer_error(error.code, sentence, headers)
+
+
+def show_unreadable(error):
+    """A file that gives no scan."""
+    return answer_error(error.status, str(error))
+
+
+def add_headers(response):
+    """Nothing from other hosts, nothing guessed, no patient's picture in a cache; CORS as set."""
+    response.headers["Content-Security-Policy"] = "default-src 'self'; img-src 'self' blob: data:"
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "no-referrer"
+    if request.endpoint != "static":
+        response.headers["Cache-Control"] = "no-store"
+    origins = {origin.strip() for origin in current_app.config["CORS_ORIGINS"].split(",")} - {""}
+    if origins and request.path == "/upload":
+        response.headers["Vary"] = "Origin"
+        if request.origin in origins:
+            response.headers["Access-Control-Allow-Origin"] = request.origin
+    return response
+
+
+# ------------------------------------------------------------------------------ commands
+
+
+@click.command("classify")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(True, dir_okay=False, path_type=pathlib.Path))
+@with_appcontext
+def classify_command(paths):
+    """Print the answers for the scans in PATHS as CSV, without keeping anything."""
+    scans = []
+    for path in paths:
+        try:
+            scans += read_scans(path.read_bytes(), path.name, current_app.config["MAX_PIXELS"])
+        except UnreadableScan as error:
+            raise click.ClickException(str(error)) from None
+    findings = current_app.classifier.classify(scans)
+    entries = [scan_entry("", n, *each) for n, each in enumerate(zip(scans, findings))]
+    click.echo(as_csv({"scans": entries, "model": model_summary()}), nl=False)
