@@ -1,0 +1,246 @@
+"""What the pages and the API promise, through Flask's test client."""
+
+import csv
+import io
+import json
+import os
+import pathlib
+import time
+
+import numpy as np
+import pytest
+from conftest import encode, make_app, phantom
+from PIL import Image
+
+SCAN = encode(phantom(1, lesion=True), "JPEG")
+
+
+@pytest.fixture
+def result(send):
+    """The JSON of one scan sent to the API."""
+    return send((SCAN, "scan.jpg")).get_json()
+
+
+def test_upload_answers_with_the_keys_that_programs_rely_on(result):
+    assert set(result) >= {"id", "created", "status", "progress", "scans", "model"}
+    assert (result["status"], result["progress"], len(result["id"])) == ("done", 1.0, 22)
+    (scan,) = result["scans"]
+    assert set(scan) >= {"file", "slice", "verdict", "label", "risk", "tumor_probability", "probabilities",
+                         "warnings", "scan", "heatmap"}  # fmt: skip
+    assert (scan["file"], scan["slice"], scan["warnings"]) == ("scan.jpg", 0, [])
+    assert sum(scan["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+    assert scan["tumor_probability"] == pytest.approx(1 - scan["probabilities"]["no_tumor"], abs=1e-3)
+    assert result["model"]["labels"] == list(scan["probabilities"])
+    assert (result["model"]["engine"], len(result["model"]["sha256"])) == ("litert-int8", 64)
+
+
+def test_the_result_stays_at_its_addresses(client, result):
+    address = f"/results/{result['id']}"
+    assert client.get(f"{address}.json").get_json() == result
+    assert client.get(address).status_code == 200
+    (row,) = csv.DictReader(io.StringIO(client.get(f"{address}.csv").text))
+    assert row["verdict"] == result["scans"][0]["verdict"]
+    assert float(row["no_tumor"]) == result["scans"][0]["probabilities"]["no_tumor"]
+
+
+def picture_at(client, address):
+    """The picture at an address, its file closed again."""
+    with client.get(address) as response:
+        return Image.open(io.BytesIO(response.data))
+
+
+def test_the_pictures_are_the_scan_and_the_heat_over_it(client, result):
+    (scan,) = result["scans"]
+    plain, hot = (picture_at(client, scan[key]) for key in ("scan", "heatmap"))
+    assert (plain.size, plain.mode, hot.size, hot.mode) == ((256, 256), "L", (256, 256), "RGB")
+    assert np.ptp(np.asarray(hot).astype(int), axis=2).max() > 50
+
+
+def test_the_form_leads_to_a_page_with_the_answer(client, send):
+    response = send((SCAN, "scan.jpg"), to="/")
+    assert response.status_code == 303
+    page = client.get(response.location).text
+    for text in ("Probability of a tumor", "risk <strong>", "heatmap.png", "scan.jpg", "meningioma"):
+        assert text in page
+
+
+def test_several_files_are_one_result_in_order(send):
+    scans = send((SCAN, "a.jpg"), (encode(phantom(2)), "b.png")).get_json()["scans"]
+    assert [scan["file"] for scan in scans] == ["a.jpg", "b.png"]
+
+
+@pytest.mark.parametrize("path", ["/", "/upload"])
+@pytest.mark.parametrize("files, status, sentence", [
+    ([], 400, "No file was chosen; choose a scan and send it again."),
+    ([(b"", "")], 400, "No file was chosen; choose a scan and send it again."),
+    ([(b"", "void.png")], 400, "void.png is empty; choose the file again."),
+    ([(b"I am a text file", "scan.png")], 415,
+     "scan.png is not a JPEG, PNG, WEBP, BMP or TIFF picture; export the scan as one of these."),
+    ([(SCAN[:2000], "cut.jpg")], 415, "cut.jpg is damaged or cut off; export it again."),
+    ([(encode(np.zeros((20_000, 20_000), bool)), "huge.png")], 413,
+     "huge.png has 20000 x 20000 pixels, more than the 50,000,000 allowed; send it smaller."),
+    ([(SCAN, "scan.jpg")] * 33, 400, "33 files were sent, but at most 32 are read at once."),
+    ([(SCAN, "good.jpg"), (b"bad", "bad.jpg")], 415,
+     "bad.jpg is not a JPEG, PNG, WEBP, BMP or TIFF picture; export the scan as one of these."),
+])  # fmt: skip
+def test_bad_input_gets_its_sentence_and_leaves_nothing(send, uploads, path, files, status, sentence):
+    response = send(*files, to=path)
+    assert response.status_code == status
+    if path == "/upload":
+        assert response.get_json() == {"error": sentence}
+    else:
+        assert sentence in response.text and "<form" in response.text
+    assert uploads() == []
+
+
+@pytest.mark.parametrize("path", ["/", "/upload"])
+def test_a_file_of_100_megabytes_is_refused_before_it_is_read(client, uploads, path):
+    body = {"input_stream": io.BytesIO(), "content_length": 100_000_000}
+    response = client.post(path, content_type="multipart/form-data; boundary=x", **body)
+    assert response.status_code == 413
+    assert "The upload is larger than the 32 MB allowed; send fewer or smaller files." in response.text
+    assert uploads() == []
+
+
+def test_a_busy_server_says_so_at_once(tmp_path):
+    app = make_app(tmp_path, MAX_WAITING=0)
+    response = app.test_client().post("/upload", data={"file": (io.BytesIO(SCAN), "scan.jpg")})
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "5")
+    assert response.get_json()["error"] == "The server is busy with other scans; try again in a few seconds."
+
+
+def test_a_rejected_picture_shows_a_reason_and_no_number(client, send):
+    photo = np.dstack([np.tile(np.arange(256, dtype=np.uint8), (256, 1))] + [np.zeros((256, 256), np.uint8)] * 2)
+    response = send((encode(photo), "cat.png"))
+    (scan,) = response.get_json()["scans"]
+    assert scan["verdict"] == "rejected" and scan["reason"]
+    assert [scan[key] for key in ("label", "risk", "tumor_probability", "probabilities", "heatmap")] == [None] * 5
+    page = client.get(f"/results/{response.get_json()['id']}").text
+    assert "no brain MRI" in page and "Probability of a tumor" not in page
+
+
+def test_delete_removes_the_upload_at_once(client, result, uploads):
+    response = client.post(f"/results/{result['id']}/delete")
+    assert (response.status_code, response.location, uploads()) == (303, "/", [])
+    assert client.get(f"/results/{result['id']}").status_code == 404
+
+
+def test_what_is_old_is_removed_with_the_next_upload(app, send, uploads):
+    old = send((SCAN, "scan.jpg")).get_json()["id"]
+    folder = pathlib.Path(app.config["UPLOADS"]) / old
+    long_ago = time.time() - 25 * 3600
+    os.utime(folder, (long_ago, long_ago))
+    new = send((SCAN, "scan.jpg")).get_json()["id"]
+    assert uploads() == [new]
+
+
+def test_nothing_of_the_file_itself_is_kept(app, send):
+    """No metadata, no name on disk but inside the answer, and the name without its path."""
+    exif = Image.Exif()
+    exif[0x010E] = "DOE^JOHN 1950-01-01"
+    data = encode(phantom(), "JPEG", exif=exif)
+    result = send((data, "/home/doe/scan.jpg")).get_json()
+    stored = [path for path in pathlib.Path(app.config["UPLOADS"]).rglob("*") if path.is_file()]
+    assert sorted(path.name for path in stored) == ["heatmap.png", "result.json", "scan.png"]
+    assert not any(b"DOE^JOHN" in path.read_bytes() for path in stored)
+    assert result["scans"][0]["file"] == "scan.jpg"
+
+
+def test_a_failed_write_leaves_nothing_and_the_next_upload_works(send, uploads, monkeypatch, app):
+    app.testing = False
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("app.write_pictures", full)
+        response = send((SCAN, "scan.jpg"))
+    assert response.status_code == 500
+    assert response.get_json() == {"error": "Something went wrong on the server; the log has it. Nothing was kept."}
+    assert uploads() == []
+    assert send((SCAN, "scan.jpg")).status_code == 200
+
+
+def test_a_name_with_markup_is_shown_as_text(client, send):
+    response = send((SCAN, "<script>alert(1)</script>.jpg"), to="/")
+    assert "<script>alert" not in client.get(response.location).text
+
+
+@pytest.mark.parametrize("address", [
+    "/nowhere", "/results/short", "/results/..%2f..%2fapp", f"/results/{'x' * 22}", f"/results/{'x' * 22}.csv",
+    f"/results/{'x' * 22}/0/scan.png", f"/results/{'x' * 22}/0/other.png",
+])  # fmt: skip
+def test_what_is_not_there_is_a_404_page(client, address):
+    response = client.get(address)
+    assert response.status_code == 404
+    assert "Read another scan" in response.text and "Traceback" not in response.text
+
+
+def test_the_wrong_method_says_which_is_right(client):
+    response = client.get("/upload")
+    assert response.status_code == 405
+    assert "POST" in response.headers["Allow"]
+
+
+def test_a_missing_result_is_json_for_programs(client):
+    response = client.get(f"/results/{'x' * 22}.json")
+    assert (response.status_code, list(response.get_json())) == (404, ["error"])
+
+
+def test_health_names_the_model(client, app):
+    assert client.get("/healthz").get_json() == {"status": "ok", "model": app.classifier.sha256}
+
+
+def test_health_fails_where_uploads_cannot_be_kept(app, client):
+    pathlib.Path(app.config["UPLOADS"]).rmdir()
+    assert client.get("/healthz").status_code == 503
+
+
+def test_the_model_page_prints_the_card(client, card):
+    page = client.get("/model").text
+    assert f"{card['figures']['Tumor against none']['AUROC']['value']:.3f}" in page
+    assert all(limit in page for limit in card["limits"])
+
+
+@pytest.mark.parametrize("origin, allowed", [
+    ("https://pacs.example", "https://pacs.example"), ("https://evil.example", None),
+])  # fmt: skip
+def test_cors_is_open_for_the_origins_set(tmp_path, origin, allowed):
+    client = make_app(tmp_path, CORS_ORIGINS="https://pacs.example, https://lab.example").test_client()
+    response = client.post("/upload", headers={"Origin": origin})
+    assert response.headers.get("Access-Control-Allow-Origin") == allowed
+
+
+def test_pages_ask_no_other_host_and_stay_out_of_caches(client):
+    headers = client.get("/").headers
+    assert headers["Content-Security-Policy"].startswith("default-src 'self'")
+    assert (headers["Cache-Control"], headers["X-Content-Type-Options"]) == ("no-store", "nosniff")
+
+
+def test_settings_come_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASK_MAX_FILES", "3")
+    monkeypatch.setenv("FLASK_UPLOADS", str(tmp_path / "here"))
+    app = make_app(tmp_path / "there", UPLOADS=os.environ["FLASK_UPLOADS"])
+    assert (app.config["MAX_FILES"], app.config["UPLOADS"]) == (3, str(tmp_path / "here"))
+
+
+def test_a_setting_of_the_wrong_kind_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASK_MAX_FILES", "many")
+    with pytest.raises(Exception, match="FLASK_MAX_FILES is 'many', but it has to be a number, such as 32."):
+        make_app(tmp_path)
+
+
+def test_the_classify_command_prints_csv(app, tmp_path):
+    (tmp_path / "scan.jpg").write_bytes(SCAN)
+    (tmp_path / "bad.jpg").write_bytes(b"bad")
+    run = app.test_cli_runner().invoke
+    (row,) = csv.DictReader(io.StringIO(run(args=["classify", str(tmp_path / "scan.jpg")]).stdout))
+    assert row["file"] == "scan.jpg" and row["verdict"]
+    failed = run(args=["classify", str(tmp_path / "bad.jpg")])
+    assert failed.exit_code == 1 and "bad.jpg is not a JPEG" in failed.output
+
+
+def test_a_result_is_json_that_any_program_reads(app, result):
+    stored = pathlib.Path(app.config["UPLOADS"]) / result["id"] / "result.json"
+    assert json.loads(stored.read_text()) == result

@@ -1,0 +1,149 @@
+"""What the classifier promises: the model file, the verdict, the gate and both engines."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import ROOT, encode, phantom
+
+from app import Classifier, Finding, ModelError, Scan, judge, most_probable, read_scans
+
+MODEL = ROOT / "model.keras"
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return Classifier(MODEL, threads=2)
+
+
+def repack(target, change):
+    """Copy the shipped archive to `target` with members changed: {name: bytes, or None to leave out}."""
+    with zipfile.ZipFile(MODEL) as source, zipfile.ZipFile(target, "w") as copy:
+        for name in source.namelist():
+            data = change.get(name, source.read(name))
+            if data is not None:
+                copy.writestr(name, data)
+    return target
+
+
+def test_the_shipped_model_answers_with_one_probability_a_label(classifier):
+    (finding,) = classifier.classify([Scan(phantom(), "scan.png")])
+    assert finding.verdict in {"tumor", "no_tumor", "uncertain", "rejected"}
+    outputs = classifier.infer(np.zeros((2, 224, 224, 3), np.uint8))
+    assert outputs["probabilities"].shape == (2, 4)
+    assert np.allclose(outputs["probabilities"].sum(1), 1, atol=1e-3)
+    assert (outputs["heat"].shape, outputs["embedding"].shape) == ((2, 14, 14, 4), (2, 512))
+
+
+def test_a_scan_gets_the_same_answer_alone_and_among_others(classifier):
+    scans = [Scan(phantom(n, lesion=n % 2 == 1), "scan.png") for n in range(4)]
+    together = classifier.classify(scans)
+    assert [classifier.classify([scan])[0].probabilities for scan in scans] == [f.probabilities for f in together]
+
+
+def test_no_scan_no_finding(classifier):
+    assert classifier.classify([]) == []
+
+
+@pytest.mark.parametrize("p, verdict, risk", [
+    (0.0, "no_tumor", "low"), (0.099, "no_tumor", "low"), (0.1, "uncertain", "medium"),
+    (0.799, "uncertain", "medium"), (0.8, "tumor", "high"), (1.0, "tumor", "high"),
+])  # fmt: skip
+def test_judge_puts_a_probability_between_the_thresholds(p, verdict, risk):
+    assert judge(p, low=0.1, high=0.8) == (verdict, risk)
+
+
+@pytest.mark.parametrize("verdict, label", [("tumor", "glioma"), ("no_tumor", "no_tumor"), ("uncertain", "no_tumor")])
+def test_the_label_never_contradicts_the_verdict(verdict, label):
+    assert most_probable({"glioma": 0.4, "meningioma": 0.1, "no_tumor": 0.5}, verdict) == label
+
+
+def test_a_photo_in_colour_gets_no_diagnosis(classifier):
+    y, x = np.mgrid[:256, :256]
+    photo = np.dstack([x, 255 - y, (x + y) // 2]).astype(np.uint8)
+    (finding,) = classifier.classify(read_scans(encode(photo), "cat.png"))
+    assert finding == Finding("rejected", reason="The picture is in strong colours, which no MRI is.")
+
+
+def test_a_blank_picture_gets_no_diagnosis(classifier):
+    (finding,) = classifier.classify(read_scans(encode(np.full((99, 99), 40, np.uint8)), "blank.png"))
+    assert finding == Finding("rejected", reason="The picture is blank or nearly so.")
+
+
+def test_noise_gets_no_diagnosis(classifier):
+    noise = np.random.default_rng(0).integers(0, 255, (256, 256), dtype=np.uint8)
+    (finding,) = classifier.classify([Scan(noise, "noise.png")])
+    assert (finding.verdict, finding.probabilities) == ("rejected", None)
+    assert finding.reason == "This does not look like a slice of a brain MRI."
+
+
+@pytest.mark.parametrize("spoil, sentence", [
+    (lambda path: None, "is missing; run Brainmodel.ipynb or fetch it with the repository."),
+    (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+     "is a git-LFS pointer, not the model; run `git lfs pull`."),
+    (lambda path: path.write_bytes(MODEL.read_bytes()[:1_000_000]),
+     "is cut off or damaged; fetch it again or run Brainmodel.ipynb."),
+    (lambda path: path.write_bytes(b""), "is cut off or damaged; fetch it again or run Brainmodel.ipynb."),
+    (lambda path: repack(path, {"serving.tflite": b"TFL3 but not really"}),
+     "holds a network that cannot be read; run Brainmodel.ipynb to write one that fits."),
+    (lambda path: repack(path, {"card.json": json.dumps({"labels": ["no_tumor", "tumor"]}).encode()}),
+     r"gives 4 numbers a scan, but its labels are no_tumor, tumor; run Brainmodel.ipynb to write one that fits."),
+    (lambda path: repack(path, {"card.json": b"{"}),
+     "has a card.json that cannot be read; run Brainmodel.ipynb to write one that fits."),
+])  # fmt: skip
+def test_a_model_file_that_cannot_serve_is_named_in_one_sentence(tmp_path, spoil, sentence):
+    path = tmp_path / "model.keras"
+    spoil(path)
+    with pytest.raises(ModelError) as caught:
+        Classifier(path)
+    assert caught.value.message == f"{path} {sentence}"
+
+
+def test_flask_run_ends_with_that_sentence(tmp_path):
+    command = [sys.executable, "-m", "flask", "run", "--port", "0"]
+    environment = {"FLASK_MODEL": str(tmp_path / "none.keras"), "FLASK_UPLOADS": str(tmp_path), "PATH": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(
+        f"Error: {tmp_path}/none.keras is missing; run Brainmodel.ipynb or fetch it with the repository.")
+    assert "Traceback" not in done.stderr
+
+
+def test_without_the_fast_network_keras_gives_the_same_answer(tmp_path, classifier):
+    """Float against int8 on one scan, and the result says which engine answered."""
+    slow = Classifier(repack(tmp_path / "model.keras", {"serving.tflite": None}))
+    prepared = np.stack([phantom(1, side=224)] * 3, axis=2)[None]
+    fast, exact = classifier.infer(prepared), slow.infer(prepared)
+    assert slow.engine == "keras-float32"
+    assert np.abs(fast["probabilities"] - exact["probabilities"]).max() < 0.1
+    assert np.corrcoef(fast["heat"].ravel(), exact["heat"].ravel())[0, 1] > 0.98
+
+
+def test_a_plain_keras_model_serves_and_says_that_it_has_no_card(tmp_path):
+    path = repack(tmp_path / "model.keras", {"serving.tflite": None, "card.json": None})
+    plain = Classifier(path)
+    assert (plain.labels, plain.card["plain"]) == (["glioma", "meningioma", "no_tumor", "pituitary"], True)
+
+
+def test_the_web_process_does_not_import_tensorflow(tmp_path):
+    code = f"import sys, app; app.create_app({{'UPLOADS': {str(tmp_path)!r}}}); print('tensorflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False"
+
+
+def test_importing_the_app_loads_nothing(tmp_path):
+    """Neither the model nor a framework: the notebook imports it for two functions."""
+    shutil.copy(ROOT / "app.py", tmp_path)
+    code = "import sys, app; print({'ai_edge_litert', 'keras', 'tensorflow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "set()"
+
+
+def test_the_card_says_what_the_page_and_the_readme_quote(card):
+    assert card["labels"] == ["glioma", "meningioma", "no_tumor", "pituitary"]
+    assert {"thresholds", "temperature", "figures", "confusion", "gate", "data", "limits", "versions"} <= set(card)
+    assert card["figures"]["int8 against float"]["same label"] >= 0.99

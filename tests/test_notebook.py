@@ -1,0 +1,218 @@
+"""The notebook: its functions, and the whole of it on drawn phantoms, headless, as a user runs it."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import ROOT, encode, phantom
+
+import app as web
+
+SETTINGS = {
+    "BASE_WEIGHTS": "scratch", "VIEWS": 1, "BATCH": 16, "EPOCHS_1": 2, "EPOCHS_2": 1, "EPOCHS_3": 1,
+    "EPOCH_DRAWS": 32, "EPOCHS_BASELINE": 1, "BOOTSTRAP": 50,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    """The names that the notebook's imports and its cells of functions define."""
+    cells = nbformat.read(ROOT / "Brainmodel.ipynb", 4).cells
+    imports = next(c for c in cells if c.cell_type == "code")
+    functions = [c for c in cells if "functions" in c.metadata.get("tags", [])]
+    names = {"WEIGHTS": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what TensorFlow's own imports warn of
+        for cell in [imports, *functions]:
+            exec(compile(cell.source, "Brainmodel.ipynb", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("name, label", [
+    ("yes", "tumor"), ("Tumorous", "tumor"), ("Unhealthy", "tumor"), ("brain_tumor", "tumor"),
+    ("no", "no_tumor"), ("nontumorous", "no_tumor"), ("Healthy", "no_tumor"), ("notumor", "no_tumor"),
+    ("glioma_tumor", "glioma"), ("pituitary", "pituitary"), ("Metastasis, lung", "metastasis_lung"),
+])  # fmt: skip
+def test_label_of_understands_the_names_of_public_collections(notebook, name, label):
+    assert notebook["label_of"](name) == label
+
+
+def test_list_scans_reads_parts_and_sources_above_class_folders(notebook, tmp_path):
+    for path in ("Training/glioma_tumor/1.png", "val/no_tumor/2.png", "siteA/yes/3.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(encode(phantom()))
+    scans = notebook["list_scans"](tmp_path)
+    found = {(s["label"], s["part"], s["source"]) for s in scans}
+    folder = tmp_path.name
+    assert found == {("glioma", "train", folder), ("no_tumor", "validation", folder), ("tumor", "", "sitea")}
+
+
+@pytest.mark.parametrize("fill, sentence", [
+    (lambda folder: folder.mkdir(), "holds no pictures"), (lambda folder: None, "is no folder"),
+])  # fmt: skip
+def test_list_scans_says_what_is_missing(notebook, tmp_path, fill, sentence):
+    fill(tmp_path / "data")
+    with pytest.raises(SystemExit, match=sentence):
+        notebook["list_scans"](tmp_path / "data")
+
+
+def test_a_blank_picture_is_of_no_use(notebook, tmp_path):
+    (tmp_path / "black.png").write_bytes(encode(np.zeros((99, 99), np.uint8)))
+    assert notebook["read"]({"path": tmp_path / "black.png"}) == (None, "black.png is blank or nearly so.")
+
+
+def prepared(pixels):
+    return web.prepare(pixels)[..., 0]
+
+
+def test_copies_of_a_scan_are_one_group(notebook):
+    """Mirrored, brightened, cropped and noisy copies join; other heads do not."""
+    one = phantom(1)
+    random = np.random.default_rng(0)
+    copies = [one, one[:, ::-1], (one * 0.6 + 30).astype(np.uint8), np.pad(one, 40),
+              (one * random.uniform(0.9, 1, one.shape)).astype(np.uint8)]  # fmt: skip
+    others = [phantom(seed) for seed in range(2, 6)]
+    groups = notebook["duplicate_groups"](np.stack([prepared(p) for p in copies + others]), 0.93)
+    assert len(set(groups[:5])) == 1
+    assert len(set(groups)) == 5
+
+
+def test_split_holds_groups_and_folds_together_and_shares_about_right(notebook):
+    random = np.random.default_rng(0)
+    groups = random.integers(0, 300, 1000)
+    folds = np.where(groups < 100, np.char.mod("%d", groups % 5), "")
+    strata = np.where(folds != "", "typed", np.where(groups % 2, "tumor", "none"))
+    parts = notebook["split"](strata, groups, folds, [""] * 1000, {"validation": 0.15, "test": 0.15}, 1)
+    for units in (groups, folds[folds != ""]):
+        of = parts[folds != ""] if units is not groups else parts
+        assert all(len(set(of[units == unit])) == 1 for unit in set(units))
+    for stratum in ("tumor", "none"):
+        shares = [np.mean(parts[strata == stratum] == part) for part in ("train", "validation", "test")]
+        assert np.abs(np.array(shares) - (0.7, 0.15, 0.15)).max() < 0.05
+
+
+def test_a_group_that_straddles_folds_moves_to_one(notebook):
+    folds, groups = np.array(["1", "1", "2", "3", ""]), np.array([7, 7, 7, 8, 8])
+    assert notebook["join_folds"](folds, groups).tolist() == ["1", "1", "1", "3", "3"]
+
+
+def test_a_split_that_the_data_brings_is_kept_but_for_what_leaks(notebook):
+    groups, given = np.array([0, 0, 1, 2, 3]), ["train", "test", "test", "validation", "train"]
+    parts = notebook["split"](np.array(["a"] * 5), groups, np.array([""] * 5), given, {}, 1)
+    assert parts.tolist() == ["train", "train", "test", "validation", "train"]
+
+
+def test_tumor_of_unknown_type_allows_every_type(notebook):
+    labels, targets = notebook["targets_of"](np.array(["glioma", "tumor", "no_tumor", "pituitary"]))
+    assert labels == ["glioma", "no_tumor", "pituitary"]
+    assert targets.tolist() == [[1, 0, 0], [1, 0, 1], [0, 1, 0], [0, 0, 1]]
+
+
+def test_tumor_is_a_label_of_its_own_where_no_type_is_known(notebook):
+    labels, targets = notebook["targets_of"](np.array(["tumor", "no_tumor"]))
+    assert (labels, targets.tolist()) == (["no_tumor", "tumor"], [[0, 1], [1, 0]])
+
+
+def test_data_without_normal_scans_is_refused(notebook):
+    with pytest.raises(SystemExit, match="the app needs `no_tumor` and another"):
+        notebook["targets_of"](np.array(["glioma", "pituitary"]))
+
+
+def test_the_loss_sums_what_is_allowed(notebook):
+    p = np.array([[0.2, 0.5, 0.3], [0.2, 0.5, 0.3]], "float32")
+    loss = notebook["allowed_loss"](np.array([[1, 0, 1], [0, 1, 0]], "float32"), p)
+    assert np.allclose(loss, -np.log([0.5, 0.5]), atol=1e-6)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 2.0])
+def test_thresholds_keep_both_promises(notebook, overlap):
+    """At least 99 % of tumors from `low` on, 99 % of the others below `high`, crossing or not."""
+    random = np.random.default_rng(0)
+    tumor = np.arange(2000) % 2 == 0
+    p = 1 / (1 + np.exp(-(random.normal(0, overlap, 2000) + np.where(tumor, 3, -3))))
+    found = notebook["thresholds"](p, tumor)
+    assert found["low"] <= found["high"]
+    assert np.mean(p[tumor] >= found["low"]) >= 0.99
+    assert np.mean(p[~tumor] < found["high"]) >= 0.99
+
+
+def test_temperature_undoes_overconfidence(notebook):
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 1.5, (4000, 3))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    targets = np.eye(3)[[random.choice(3, p=row) for row in p]]
+    assert abs(notebook["best_temperature"](logits * 2.5, targets) - 2.5) < 0.2
+
+
+def test_figures_of_a_known_answer(notebook):
+    tumor, p = np.array([True] * 4 + [False] * 4), np.array([0.9, 0.8, 0.7, 0.2, 0.6, 0.1, 0.1, 0.1])
+    assert notebook["sensitivity_at"](tumor, p) == 0.75
+    assert notebook["specificity_at"](tumor, p) == 0.75
+    targets, probabilities = np.eye(2)[[0, 0, 1, 1]], np.array([[0.8, 0.2]] * 4)
+    assert notebook["calibration_error"](targets, probabilities) == pytest.approx(0.3)
+
+
+def test_pointing_widens_the_box(notebook):
+    pixels, heat = phantom(), np.zeros((14, 14), np.float32)
+    heat[7, 7] = 1
+    assert notebook["pointing"](pixels, heat, "0.4 0.4 0.6 0.6")[0]
+    assert not notebook["pointing"](pixels, heat, "0.05 0.05 0.2 0.2")[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What the notebook wrote, run headless on 64 phantoms in folders `yes` and `no`."""
+    folder = tmp_path_factory.mktemp("notebook")
+    for n in range(64):
+        path = folder / "data" / ("yes" if n % 2 else "no") / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(phantom(n, lesion=bool(n % 2))))
+    (folder / "data" / "no" / "broken.jpg").write_bytes(b"not a picture")
+    environment = os.environ | {name: str(value) for name, value in SETTINGS.items()}
+    environment |= {"DATA": str(folder / "data"), "OUTPUT": str(folder)}
+    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute",
+               "--output-dir", str(folder), "Brainmodel.ipynb"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_the_notebook_writes_a_model_that_the_app_serves(trained):
+    """Staged weights, archive and card are there, and an upload gets the new model's labels."""
+    weights = {path.name for path in (trained / "model_weights").glob("*.weights.h5")}
+    assert weights >= {"vgg19_model_01.weights.h5", "vgg19_model_02.weights.h5", "vgg_unfrozen.weights.h5"}
+    app = web.create_app({"MODEL": str(trained / "model.keras"), "UPLOADS": str(trained / "uploads")})
+    app.classifier.card["gate"] = None
+    data = {"file": (io.BytesIO(encode(phantom(99, lesion=True))), "new.png")}
+    result = app.test_client().post("/upload", data=data).get_json()
+    assert result["model"]["labels"] == ["no_tumor", "tumor"]
+    assert result["model"]["engine"] == "litert-int8"
+    assert sum(result["scans"][0]["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+    assert app.test_client().get("/model").status_code == 200
+
+
+def test_the_notebook_sets_unreadable_files_aside(trained):
+    assert (trained / "data" / "invalid_images" / "no" / "broken.jpg").exists()
+
+
+def test_the_card_holds_what_the_split_was(trained):
+    card = json.loads(web.read_archive(trained / "model.keras")["card.json"])
+    counts = card["data"]["counts"].values()
+    assert sum(sum(parts.values()) for parts in counts) == 64
+    assert all(parts["train"] > parts["test"] > 0 for parts in counts)
+    assert 0 <= card["thresholds"]["low"] <= card["thresholds"]["high"] <= 1.0001
+    assert card["figures"]["int8 against float"]["same label"] >= 0.8
+
+
+def test_the_committed_notebook_shows_its_figures_and_no_patient():
+    """It was run to its end; the cells that show scans carry no picture."""
+    cells = [c for c in nbformat.read(ROOT / "Brainmodel.ipynb", 4).cells if c.cell_type == "code"]
+    assert all(cell.execution_count for cell in cells)
+    shown = [c for c in cells if any("image/png" in o.get("data", {}) for o in c.outputs)]
+    assert shown and not any("imshow" in cell.source for cell in shown)
