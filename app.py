@@ -4,6 +4,7 @@
 in which data flows: settings, reading, classifier, store, pages, commands. Not a medical device.
 """
 
+import contextlib
 import csv
 import datetime
 import hashlib
@@ -532,8 +533,9 @@ def sweep(uploads, hours):
     """Remove what is older than `hours`, half-written uploads included."""
     oldest = time.time() - hours * 3600
     for folder in uploads.iterdir():
-        if folder.is_dir() and folder.stat().st_mtime < oldest:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another worker was faster
+            if folder.is_dir() and folder.stat().st_mtime < oldest:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def as_csv(result):
@@ -556,7 +558,9 @@ def create_app(overrides=None):
     """The Flask app, its model loaded once; raises ModelError if that cannot serve."""
     app = Flask(__name__)
     configure(app, overrides or {})
-    pathlib.Path(app.config["UPLOADS"]).mkdir(parents=True, exist_ok=True)
+    uploads = pathlib.Path(app.config["UPLOADS"])
+    uploads.mkdir(parents=True, exist_ok=True)
+    sweep(uploads, app.config["RETENTION_HOURS"])
     app.classifier = Classifier(app.config["MODEL"], app.config["THREADS"])
     app.places = threading.BoundedSemaphore(app.config["MAX_WAITING"])
     app.add_url_rule("/", "index", index)

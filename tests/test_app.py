@@ -125,13 +125,24 @@ def test_delete_removes_the_upload_at_once(client, result, uploads):
     assert client.get(f"/results/{result['id']}").status_code == 404
 
 
-def test_what_is_old_is_removed_with_the_next_upload(app, send, uploads):
-    old = send((SCAN, "scan.jpg")).get_json()["id"]
-    folder = pathlib.Path(app.config["UPLOADS"]) / old
+@pytest.fixture
+def old(app, result):
+    """The folder of an upload that was made 25 hours ago."""
+    folder = pathlib.Path(app.config["UPLOADS"]) / result["id"]
     long_ago = time.time() - 25 * 3600
     os.utime(folder, (long_ago, long_ago))
+    return folder
+
+
+def test_what_is_old_is_removed_with_the_next_upload(old, send, uploads):
+    assert uploads() == [old.name]
     new = send((SCAN, "scan.jpg")).get_json()["id"]
     assert uploads() == [new]
+
+
+def test_what_is_old_is_removed_at_the_next_start(old):
+    make_app(old.parent)
+    assert not old.exists()
 
 
 def test_nothing_of_the_file_itself_is_kept(app, send):

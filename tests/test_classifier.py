@@ -1,6 +1,7 @@
 """What the classifier promises: the model file, the verdict, the gate and both engines."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -147,3 +148,14 @@ def test_the_card_says_what_the_page_and_the_readme_quote(card):
     assert card["labels"] == ["glioma", "meningioma", "no_tumor", "pituitary"]
     assert {"thresholds", "temperature", "figures", "confusion", "gate", "data", "limits", "versions"} <= set(card)
     assert card["figures"]["int8 against float"]["same label"] >= 0.99
+
+
+def test_the_readme_quotes_the_card(card):
+    """Every figure of the README's table is the card's, to three digits."""
+    row = r"^\| (.+?): (.+?) \| ([\d.]+)(?: \(([\d.]+) to ([\d.]+)\))? \|$"
+    rows = re.findall(row, (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) >= 8
+    for title, name, *quoted in rows:
+        figure = card["figures"][title][name]
+        numbers = [figure["value"], *figure["interval"]] if isinstance(figure, dict) else [figure]
+        assert [n for n in quoted if n] == [f"{number:.3f}" for number in numbers]

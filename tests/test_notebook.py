@@ -16,7 +16,7 @@ import app as web
 
 SETTINGS = {
     "BASE_WEIGHTS": "scratch", "VIEWS": 1, "BATCH": 16, "EPOCHS_1": 2, "EPOCHS_2": 1, "EPOCHS_3": 1,
-    "EPOCH_DRAWS": 32, "EPOCHS_BASELINE": 1, "BOOTSTRAP": 50,
+    "DRAWS_3": 32, "EPOCHS_BASELINE": 1, "BOOTSTRAP": 50, "CALIBRATION": 10,
 }  # fmt: skip
 
 
@@ -51,6 +51,15 @@ def test_list_scans_reads_parts_and_sources_above_class_folders(notebook, tmp_pa
     found = {(s["label"], s["part"], s["source"]) for s in scans}
     folder = tmp_path.name
     assert found == {("glioma", "train", folder), ("no_tumor", "validation", folder), ("tumor", "", "sitea")}
+
+
+def test_list_scans_reads_a_manifest(notebook, tmp_path):
+    (tmp_path / "manifest.csv").write_text(
+        "path,label,source,patient_fold,box\na/1.jpg,Glioma,cheng,3,0.1 0.2 0.3 0.4\nb/2.jpg,no,web,,\n")
+    first, second = notebook["list_scans"](tmp_path)
+    assert first == {"path": tmp_path / "a/1.jpg", "label": "glioma", "source": "cheng", "patient_fold": "3",
+                     "box": "0.1 0.2 0.3 0.4", "part": ""}  # fmt: skip
+    assert (second["label"], second["patient_fold"], second["box"]) == ("no_tumor", "", "")
 
 
 @pytest.mark.parametrize("fill, sentence", [
