@@ -79,6 +79,7 @@ def configure(app, overrides):
 SIDE = 224  # pixels the network sees, across and down
 KEPT_SIDE = 1024  # a larger picture is reduced to this; the network sees less anyway
 SMALLEST_SIDE = 32
+MOST_PAGES = 256  # of one TIFF
 KINDS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 ACCEPTED = "a JPEG, PNG, WEBP, BMP or TIFF picture"
 Image.MAX_IMAGE_PIXELS = None  # read_scans() looks at the size itself, before it decodes
@@ -116,22 +117,14 @@ def read_scans(data: bytes, name: str, max_pixels: int = DEFAULTS["MAX_PIXELS"])
         raise UnreadableScan(f"{name} is empty; choose the file again.", 400)
     try:
         image = Image.open(io.BytesIO(data), formats=KINDS)
+        pages = image.n_frames if image.format == "TIFF" else 1
     except UnidentifiedImageError:
         raise UnreadableScan(f"{name} is not {ACCEPTED}; export the scan as one of these.") from None
     except Exception:  # Pillow's parsers raise nearly anything on damaged headers
         raise damaged(name) from None
-    if image.width * image.height > max_pixels:
-        raise UnreadableScan(
-            f"{name} has {image.width} x {image.height} pixels, more than the {max_pixels:,} allowed; send it smaller.",
-            413,
-        )
-    if min(image.size) < SMALLEST_SIDE:
-        raise UnreadableScan(
-            f"{name} has {image.width} x {image.height} pixels, "
-            f"but a scan needs at least {SMALLEST_SIDE} x {SMALLEST_SIDE}."
-        )
-    pages = image.n_frames if image.format == "TIFF" else 1
-    return [read_page(image, page, name) for page in range(pages)]
+    if pages > MOST_PAGES:
+        raise UnreadableScan(f"{name} has {pages} pages, more than the {MOST_PAGES} allowed; send fewer.", 413)
+    return [read_page(image, page, name, max_pixels) for page in range(pages)]
 
 
 def plain_name(name):
@@ -144,21 +137,32 @@ def damaged(name):
     return UnreadableScan(f"{name} is damaged or cut off; export it again.")
 
 
-def read_page(image, page, name):
-    """Page `page` of an open picture as a Scan; raises UnreadableScan if it cannot be decoded."""
+def read_page(image, page, name, max_pixels):
+    """Page `page` of an open picture as a Scan; raises UnreadableScan if it cannot be one."""
     try:
         image.seek(page)
-        frame = ImageOps.exif_transpose(image)
-        frame.load()
     except Exception:  # as above: truncated, lying and mutated files
         raise damaged(name) from None
-    pixels, window, colour = grey(frame)
+    check_size(image.size, name, max_pixels)
+    try:
+        pixels, window, colour = grey(ImageOps.exif_transpose(image))
+    except Exception:  # decoding happens here
+        raise damaged(name) from None
     scan = Scan(shrink(pixels), name, page, window=window, colour=colour)
-    return replace(scan, warnings=tuple(quality_warnings(scan, min(frame.size))))
+    return replace(scan, warnings=tuple(quality_warnings(scan, min(image.size))))
+
+
+def check_size(size, name, max_pixels):
+    """Raise UnreadableScan for a picture (width, height) that is too large to decode or too small."""
+    shape = f"{name} has {size[0]} x {size[1]} pixels"
+    if size[0] * size[1] > max_pixels:
+        raise UnreadableScan(f"{shape}, more than the {max_pixels:,} allowed; send it smaller.", 413)
+    if min(size) < SMALLEST_SIDE:
+        raise UnreadableScan(f"{shape}, but a scan needs at least {SMALLEST_SIDE} x {SMALLEST_SIDE}.")
 
 
 def grey(frame):
-    """A decoded Pillow picture as (pixels uint8 (H, W), window or None, colour 0 to 255).
+    """A Pillow picture as (pixels uint8 (H, W), window or None, colour 0 to 255).
 
     More than 8 bits are scaled linearly from the 0.1th to the 99.9th percentile, so that one
     hot pixel does not turn the head black. What is transparent becomes black.
@@ -429,7 +433,7 @@ ID = re.compile(r"[A-Za-z0-9_-]{22}")  # secrets.token_urlsafe(16)
 HEAT_COLOURS = np.array(
     [
         (0, 0, 4), (33, 12, 74), (87, 16, 110), (138, 34, 106), (188, 55, 84),
-        (227, 89, 51), (249, 140, 10), (249, 201, 50), (252, 255, 164),
+        (228, 90, 49), (249, 142, 9), (249, 203, 53), (252, 255, 164),
     ]
 )  # fmt: skip
 
@@ -602,7 +606,7 @@ def receive():
     if len(files) > most:
         abort(400, f"{len(files)} files were sent, but at most {most} are read at once.")
     if not current_app.places.acquire(blocking=False):
-        abort(503, "The server is busy with other scans; try again in a few seconds.")
+        abort(503, "The server is busy with other scans; try again in a few seconds.", retry_after=5)
     try:
         pixels = current_app.config["MAX_PIXELS"]
         scans = [scan for file in files for scan in read_scans(file.read(), file.filename, pixels)]
@@ -693,9 +697,7 @@ def answer_error(status, sentence, headers=()):
 
 def show_error(error):
     """Any HTTP error, the unforeseen ones included, in this app's clothes."""
-    headers = [("Retry-After", "5")] if error.code == 503 else []
-    if error.code in (405,) and error.valid_methods:
-        headers = [("Allow", ", ".join(error.valid_methods))]
+    headers = [header for header in error.get_headers() if header[0] in ("Allow", "Retry-After")]
     sentence = error.description
     if isinstance(error, RequestEntityTooLarge):
         most = current_app.config["MAX_CONTENT_LENGTH"] // 2**20

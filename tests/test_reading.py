@@ -45,6 +45,13 @@ def test_a_tiff_gives_a_scan_a_page():
     assert np.array_equal(scans[2].pixels, phantom(2))
 
 
+def test_a_large_page_behind_a_small_one_is_refused_as_well():
+    file = io.BytesIO()
+    Image.new("1", (64, 64)).save(file, "TIFF", save_all=True, append_images=[Image.new("1", (8000, 8000))])
+    with pytest.raises(UnreadableScan, match="8000 x 8000 pixels"):
+        read_scans(file.getvalue(), "pages.tif")
+
+
 def test_what_is_transparent_is_black():
     layers = np.dstack([np.full((64, 64, 3), 255, np.uint8), np.zeros((64, 64), np.uint8)])
     assert not read_scans(encode(layers), "clear.png")[0].pixels.any()
