@@ -561,6 +561,7 @@ def as_csv(result):
 def create_app(overrides=None):
     """The Flask app, its model loaded once; raises ModelError if that cannot serve."""
     app = Flask(__name__)
+    app.json.sort_keys = False  # a result reads from its id to its model
     configure(app, overrides or {})
     uploads = pathlib.Path(app.config["UPLOADS"])
     uploads.mkdir(parents=True, exist_ok=True)

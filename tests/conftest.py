@@ -1,7 +1,9 @@
 """Fixtures, and the phantoms that stand in for scans: no patient's picture is in the tests."""
 
+import csv
 import io
 import json
+import os
 import pathlib
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 ROOT = pathlib.Path(__file__).parents[1]
+DATA = pathlib.Path(os.environ.get("DATA", ROOT.parent / "shared" / "data" / "brain-mri"))
 sys.path.insert(0, str(ROOT))
 
 import app as web  # noqa: E402
@@ -79,6 +82,17 @@ def send(client):
         return client.post(to, data={"file": [(io.BytesIO(data), name) for data, name in files]})
 
     return post
+
+
+@pytest.fixture(scope="session")
+def real_scans(card):
+    """Real scans, ten of each label: {label: paths}; skips, and says so, where the data is not at hand."""
+    if not (DATA / "manifest.csv").exists():
+        pytest.skip(f"no manifest.csv in {DATA}: set DATA to the folder of the brain MRI pictures")
+    with open(DATA / "manifest.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    by_label = {label: [DATA / row["path"] for row in rows if row["label"] == label] for label in card["labels"]}
+    return {label: paths[:: len(paths) // 10][:10] for label, paths in by_label.items()}
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,11 @@ import shutil
 import threading
 
 import pytest
-from conftest import ROOT, encode, make_app, phantom
+from conftest import encode, make_app, phantom
 from playwright.sync_api import sync_playwright
 from werkzeug.serving import make_server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-REAL_SCAN = ROOT.parent / "shared" / "data" / "brain-mri" / "cheng" / "glioma" / "0715.jpg"
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +74,8 @@ def test_a_visitor_uploads_a_scan_and_reads_the_answer(page):
     page.wait_for_url("**/")
 
 
-def test_a_real_scan_gets_a_heatmap(page):
-    if not REAL_SCAN.exists():
-        pytest.skip(f"{REAL_SCAN.name} of the Cheng data is not here: put the data at ../shared/data/brain-mri")
-    page.get_by_label("Scans").set_input_files(REAL_SCAN)
+def test_a_real_scan_gets_a_heatmap(page, real_scans):
+    page.get_by_label("Scans").set_input_files(real_scans["glioma"][0])
     page.get_by_role("button", name="Read the scan").click()
     page.wait_for_url("**/results/*")
     assert widths(page) == [512, 512]

@@ -82,6 +82,16 @@ def test_noise_gets_no_diagnosis(classifier):
     assert finding.reason == "This does not look like a slice of a brain MRI."
 
 
+def test_real_scans_pass_the_gate_and_mostly_get_their_verdict(classifier, real_scans):
+    """A smoke test on scans that training may have seen; the card has the figures on those it has not."""
+    for label, paths in real_scans.items():
+        findings = classifier.classify([scan for path in paths for scan in read_scans(path.read_bytes(), path.name)])
+        verdicts = [finding.verdict for finding in findings]
+        assert verdicts.count("rejected") <= 1
+        opposite = "tumor" if label == "no_tumor" else "no_tumor"
+        assert verdicts.count(opposite) <= 2
+
+
 @pytest.mark.parametrize("spoil, sentence", [
     (lambda path: None, "is missing; run Brainmodel.ipynb or fetch it with the repository."),
     (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
