@@ -47,9 +47,10 @@ DEFAULTS = {
     "MODEL": str(HERE / "model.keras"),
     "UPLOADS": str(HERE / "uploads"),
     "MAX_CONTENT_LENGTH": 32 * 1024 * 1024,  # bytes of one request
-    "MAX_FILES": 32,  # scans of one request
+    "MAX_FILES": 32,  # of one request
+    "MAX_SCANS": 256,  # in the files of one request
     "MAX_PIXELS": 50_000_000,  # pixels of one picture, before it is decoded
-    "MAX_WAITING": 8,  # requests that wait for the network; beyond them: 503
+    "MAX_WAITING": 8,  # requests at work or waiting for the network; beyond them: 503
     "RETENTION_HOURS": 24.0,
     "THREADS": os.cpu_count() or 1,
     "CORS_ORIGINS": "",  # separated by commas
@@ -79,7 +80,6 @@ def configure(app, overrides):
 SIDE = 224  # pixels the network sees, across and down
 KEPT_SIDE = 1024  # a larger picture is reduced to this; the network sees less anyway
 SMALLEST_SIDE = 32
-MOST_PAGES = 256  # of one TIFF
 KINDS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 ACCEPTED = "a JPEG, PNG, WEBP, BMP or TIFF picture"
 Image.MAX_IMAGE_PIXELS = None  # read_scans() looks at the size itself, before it decodes
@@ -106,7 +106,9 @@ class Scan:
     warnings: tuple[str, ...] = ()
 
 
-def read_scans(data: bytes, name: str, max_pixels: int = DEFAULTS["MAX_PIXELS"]) -> list[Scan]:
+def read_scans(
+    data: bytes, name: str, max_pixels: int = DEFAULTS["MAX_PIXELS"], max_scans: int = DEFAULTS["MAX_SCANS"]
+) -> list[Scan]:
     """The scans in one file: one for a still picture, one a page for a TIFF.
 
     The kind is told from the content, never from the name, of which only the last part is kept.
@@ -122,8 +124,8 @@ def read_scans(data: bytes, name: str, max_pixels: int = DEFAULTS["MAX_PIXELS"])
         raise UnreadableScan(f"{name} is not {ACCEPTED}; export the scan as one of these.") from None
     except Exception:  # Pillow's parsers raise nearly anything on damaged headers
         raise damaged(name) from None
-    if pages > MOST_PAGES:
-        raise UnreadableScan(f"{name} has {pages} pages, more than the {MOST_PAGES} allowed; send fewer.", 413)
+    if pages > max_scans:
+        raise UnreadableScan(f"{name} has {pages} pages, but only {max_scans} more scans are allowed; send fewer.", 413)
     return [read_page(image, page, name, max_pixels) for page in range(pages)]
 
 
@@ -238,6 +240,7 @@ def prepare(pixels: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------- classifier
 
 NO_TUMOR = "no_tumor"
+BATCH = 8  # scans a pass: more is no faster and takes memory
 PLAIN_CARD = {"thresholds": {"low": 0.5, "high": 0.5}, "plain": True}  # a model without card.json
 PLAIN_LABELS = {2: [NO_TUMOR, "tumor"], 4: ["glioma", "meningioma", NO_TUMOR, "pituitary"]}
 
@@ -293,9 +296,11 @@ class Classifier:
             return self.run(prepared)
 
     def classify(self, scans: list[Scan]) -> list[Finding]:
-        """A Finding for each scan, in order, from one forward pass over all that are pictures."""
-        if not scans:
-            return []
+        """A Finding for each scan, in order; the network sees BATCH of them at a time."""
+        batches = [scans[n : n + BATCH] for n in range(0, len(scans), BATCH)]
+        return [finding for batch in batches for finding in self.classify_batch(batch)]
+
+    def classify_batch(self, scans):
         outputs = self.infer(np.stack([prepare(scan.pixels) for scan in scans]))
         heats = outputs.get("heat", [None] * len(scans))
         embeddings = outputs.get("embedding", [None] * len(scans))
@@ -351,13 +356,17 @@ def wrong_model(path, what):
 
 
 def read_card(data, path):
-    """The card from the bytes of card.json, or PLAIN_CARD for None."""
+    """The card from the bytes of card.json, checked for what serving needs; PLAIN_CARD for None."""
     if data is None:
         return PLAIN_CARD
     try:
-        return json.loads(data)
-    except ValueError:
+        card = json.loads(data)
+        judge(0.5, **card["thresholds"])
+        card["labels"].index(NO_TUMOR)
+        {**card["figures"], **card["data"]["counts"], **card["confusion"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise wrong_model(path, "has a card.json that cannot be read") from None
+    return card
 
 
 def litert(network, threads, path="model.keras"):
@@ -366,9 +375,10 @@ def litert(network, threads, path="model.keras"):
 
     try:
         runner = Interpreter(model_content=network, num_threads=threads).get_signature_runner()
-    except ValueError:
+        shape = tuple(runner.get_input_details()["scan"]["shape_signature"])
+        runner.get_output_details()["probabilities"]
+    except (ValueError, KeyError, RuntimeError):
         raise wrong_model(path, "holds a network that cannot be read") from None
-    shape = tuple(runner.get_input_details()["scan"]["shape_signature"])
     if shape != (-1, SIDE, SIDE, 3):
         raise wrong_model(path, f"takes scans {shape}, not (-1, {SIDE}, {SIDE}, 3)")
     return lambda prepared: runner(scan=prepared.astype(np.float32))
@@ -397,9 +407,8 @@ def with_heat(model):
     """
     import keras
 
-    pool = next((la for la in model.layers if isinstance(la, keras.layers.GlobalAveragePooling2D)), None)
-    head = model.layers[-1]
-    if pool is None or not isinstance(head, keras.layers.Dense) or head.kernel.shape[0] != pool.output.shape[1]:
+    *_, pool, head = [layer for layer in model.layers if not isinstance(layer, keras.layers.Dropout)]
+    if not isinstance(pool, keras.layers.GlobalAveragePooling2D) or not isinstance(head, keras.layers.Dense):
         return keras.Model(model.input, {"probabilities": model.output})
     weigh = keras.layers.Conv2D(head.units, 1, use_bias=False, name="heat", dtype="float32")
     heat = weigh(pool.input)
@@ -460,7 +469,7 @@ def save(uploads, scans, findings, model):
             write_pictures(partial / str(n), scan, finding)
         (partial / "result.json").write_text(json.dumps(result))
         partial.rename(uploads / upload_id)
-    except OSError:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return result
@@ -525,21 +534,24 @@ def heat_palette():
     return np.stack(channels, axis=1).round().astype(np.uint8)
 
 
-def find_upload(uploads, upload_id):
-    """The folder of an upload; 404 if there is none (any more)."""
+def find_upload(uploads, upload_id, hours):
+    """The folder of an upload; 404 if there is none, or it is older than `hours` and to be removed."""
     folder = uploads / upload_id
-    if not ID.fullmatch(upload_id) or not (folder / "result.json").is_file():
+    if not ID.fullmatch(upload_id) or not (folder / "result.json").is_file() or is_old(folder, hours):
         abort(404, "There is no such result (any more); results are removed after a time.")
     return folder
 
 
+def is_old(folder, hours):
+    return folder.stat().st_mtime < time.time() - hours * 3600
+
+
 def sweep(uploads, hours):
-    """Remove what is older than `hours`, half-written uploads included."""
-    oldest = time.time() - hours * 3600
+    """Remove the uploads older than `hours`, half-written ones included, and nothing else."""
     for folder in uploads.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another worker was faster
-            if folder.is_dir() and folder.stat().st_mtime < oldest:
-                shutil.rmtree(folder, ignore_errors=True)
+            if ID.fullmatch(folder.name.removeprefix(".")) and is_old(folder, hours):
+                shutil.rmtree(folder)
 
 
 def as_csv(result):
@@ -609,8 +621,10 @@ def receive():
     if not current_app.places.acquire(blocking=False):
         abort(503, "The server is busy with other scans; try again in a few seconds.", retry_after=5)
     try:
-        pixels = current_app.config["MAX_PIXELS"]
-        scans = [scan for file in files for scan in read_scans(file.read(), file.filename, pixels)]
+        scans = []
+        for file in files:
+            left = current_app.config["MAX_SCANS"] - len(scans)
+            scans += read_scans(file.read(), file.filename, current_app.config["MAX_PIXELS"], left)
         findings = current_app.classifier.classify(scans)
         sweep(uploads_folder(), current_app.config["RETENTION_HOURS"])
         return save(uploads_folder(), scans, findings, model_summary())
@@ -620,6 +634,7 @@ def receive():
 
 def index():
     """GET /: the form."""
+    sweep(uploads_folder(), current_app.config["RETENTION_HOURS"])
     return render_template("index.html")
 
 
@@ -633,8 +648,13 @@ def upload():
     return jsonify(receive())
 
 
+def found(upload_id):
+    """The folder of an upload, or 404."""
+    return find_upload(uploads_folder(), upload_id, current_app.config["RETENTION_HOURS"])
+
+
 def load_result(upload_id):
-    return json.loads((find_upload(uploads_folder(), upload_id) / "result.json").read_text())
+    return json.loads((found(upload_id) / "result.json").read_text())
 
 
 def result_page(upload_id):
@@ -655,7 +675,7 @@ def result_csv(upload_id):
 
 def picture(upload_id, n, kind):
     """GET /results/<id>/<n>/scan.png or heatmap.png"""
-    path = find_upload(uploads_folder(), upload_id) / str(n) / f"{kind}.png"
+    path = found(upload_id) / str(n) / f"{kind}.png"
     if not path.is_file():
         abort(404, "There is no such picture in this result.")
     return send_file(path)
@@ -663,7 +683,7 @@ def picture(upload_id, n, kind):
 
 def delete(upload_id):
     """POST /results/<id>/delete: remove the upload at once."""
-    shutil.rmtree(find_upload(uploads_folder(), upload_id), ignore_errors=True)
+    shutil.rmtree(found(upload_id))
     return redirect(url_for("index"), 303)
 
 
@@ -704,7 +724,7 @@ def show_error(error):
         most = current_app.config["MAX_CONTENT_LENGTH"] // 2**20
         sentence = f"The upload is larger than the {most} MB allowed; send fewer or smaller files."
     if isinstance(error, InternalServerError):
-        sentence = "Something went wrong on the server; the log has it. Nothing was kept."
+        sentence = "Something went wrong on the server; the log has it."
     return answer_error(error.code, sentence, headers)
 
 

@@ -12,6 +12,8 @@ import pytest
 from conftest import encode, make_app, phantom
 from PIL import Image
 
+from app import create_app
+
 SCAN = encode(phantom(1, lesion=True), "JPEG")
 
 
@@ -69,6 +71,17 @@ def test_several_files_are_one_result_in_order(send):
     assert [scan["file"] for scan in scans] == ["a.jpg", "b.png"]
 
 
+def test_the_scans_in_all_files_together_are_limited(tmp_path):
+    pages = [Image.fromarray(phantom(seed, side=64)) for seed in range(3)]
+    file = io.BytesIO()
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+    client = make_app(tmp_path, MAX_SCANS=5).test_client()
+    files = [(io.BytesIO(file.getvalue()), f"{n}.tif") for n in range(2)]
+    response = client.post("/upload", data={"file": files})
+    assert response.status_code == 413
+    assert response.get_json()["error"] == "1.tif has 3 pages, but only 2 more scans are allowed; send fewer."
+
+
 @pytest.mark.parametrize("path", ["/", "/upload"])
 @pytest.mark.parametrize("files, status, sentence", [
     ([], 400, "No file was chosen; choose a scan and send it again."),
@@ -116,7 +129,7 @@ def test_a_rejected_picture_shows_a_reason_and_no_number(client, send):
     assert scan["verdict"] == "rejected" and scan["reason"]
     assert [scan[key] for key in ("label", "risk", "tumor_probability", "probabilities", "heatmap")] == [None] * 5
     page = client.get(f"/results/{response.get_json()['id']}").text
-    assert "no brain MRI" in page and "Probability of a tumor" not in page
+    assert "Not classified" in page and "Probability of a tumor" not in page
 
 
 def test_delete_removes_the_upload_at_once(client, result, uploads):
@@ -145,6 +158,18 @@ def test_what_is_old_is_removed_at_the_next_start(old):
     assert not old.exists()
 
 
+def test_what_is_old_is_not_served_any_more(old, client):
+    assert client.get(f"/results/{old.name}").status_code == 404
+
+
+def test_only_uploads_are_removed(old):
+    """A folder that somebody keeps beside the uploads stays, however old."""
+    (old.parent / "thesis").mkdir()
+    os.utime(old.parent / "thesis", (0, 0))
+    make_app(old.parent)
+    assert (old.parent / "thesis").exists()
+
+
 def test_nothing_of_the_file_itself_is_kept(app, send):
     """No metadata, no name on disk but inside the answer, and the name without its path."""
     exif = Image.Exif()
@@ -165,10 +190,10 @@ def test_a_failed_write_leaves_nothing_and_the_next_upload_works(send, uploads, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("app.write_pictures", full)
+        patch.setattr("app.draw_heat", full)
         response = send((SCAN, "scan.jpg"))
     assert response.status_code == 500
-    assert response.get_json() == {"error": "Something went wrong on the server; the log has it. Nothing was kept."}
+    assert response.get_json() == {"error": "Something went wrong on the server; the log has it."}
     assert uploads() == []
     assert send((SCAN, "scan.jpg")).status_code == 200
 
@@ -232,7 +257,7 @@ def test_pages_ask_no_other_host_and_stay_out_of_caches(client):
 def test_settings_come_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASK_MAX_FILES", "3")
     monkeypatch.setenv("FLASK_UPLOADS", str(tmp_path / "here"))
-    app = make_app(tmp_path / "there", UPLOADS=os.environ["FLASK_UPLOADS"])
+    app = create_app()
     assert (app.config["MAX_FILES"], app.config["UPLOADS"]) == (3, str(tmp_path / "here"))
 
 

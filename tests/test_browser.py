@@ -109,6 +109,10 @@ def test_the_form_works_without_script(browser, address):
 @pytest.mark.parametrize("width", [360, 768, 1440])
 def test_no_page_is_wider_than_the_screen(page, address, width):
     page.set_viewport_size({"width": width, "height": 800})
-    for path in ("/", "/model"):
+    for path in ("/model", "/"):
         page.goto(address + path)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+    choose(page, picture(f"{'long' * 25}.png", encode(phantom(3))))
+    page.get_by_role("button", name="Read the scan").click()
+    page.wait_for_url("**/results/*")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width

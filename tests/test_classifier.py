@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, encode, phantom
 
-from app import Classifier, Finding, ModelError, Scan, judge, most_probable, read_scans
+from app import Classifier, Finding, ModelError, Scan, judge, most_probable, prepare, read_archive, read_scans
 
 MODEL = ROOT / "model.keras"
 
@@ -31,6 +31,10 @@ def repack(target, change):
     return target
 
 
+def changed_card(**changes):
+    return json.dumps(json.loads(read_archive(MODEL)["card.json"]) | changes).encode()
+
+
 def test_the_shipped_model_answers_with_one_probability_a_label(classifier):
     (finding,) = classifier.classify([Scan(phantom(), "scan.png")])
     assert finding.verdict in {"tumor", "no_tumor", "uncertain", "rejected"}
@@ -41,9 +45,11 @@ def test_the_shipped_model_answers_with_one_probability_a_label(classifier):
 
 
 def test_a_scan_gets_the_same_answer_alone_and_among_others(classifier):
-    scans = [Scan(phantom(n, lesion=n % 2 == 1), "scan.png") for n in range(4)]
-    together = classifier.classify(scans)
-    assert [classifier.classify([scan])[0].probabilities for scan in scans] == [f.probabilities for f in together]
+    prepared = np.stack([prepare(phantom(n, lesion=n % 2 == 1)) for n in range(4)])
+    together = classifier.infer(prepared)["probabilities"]
+    alone = np.concatenate([classifier.infer(prepared[n : n + 1])["probabilities"] for n in range(4)])
+    assert np.allclose(together, alone, atol=1e-5)
+    assert np.ptp(together, axis=0).max() > 1e-3
 
 
 def test_no_scan_no_finding(classifier):
@@ -101,9 +107,11 @@ def test_real_scans_pass_the_gate_and_mostly_get_their_verdict(classifier, real_
     (lambda path: path.write_bytes(b""), "is cut off or damaged; fetch it again or run Brainmodel.ipynb."),
     (lambda path: repack(path, {"serving.tflite": b"TFL3 but not really"}),
      "holds a network that cannot be read; run Brainmodel.ipynb to write one that fits."),
-    (lambda path: repack(path, {"card.json": json.dumps({"labels": ["no_tumor", "tumor"]}).encode()}),
+    (lambda path: repack(path, {"card.json": changed_card(labels=["no_tumor", "tumor"])}),
      r"gives 4 numbers a scan, but its labels are no_tumor, tumor; run Brainmodel.ipynb to write one that fits."),
     (lambda path: repack(path, {"card.json": b"{"}),
+     "has a card.json that cannot be read; run Brainmodel.ipynb to write one that fits."),
+    (lambda path: repack(path, {"card.json": changed_card(thresholds={"low": 0.1})}),
      "has a card.json that cannot be read; run Brainmodel.ipynb to write one that fits."),
 ])  # fmt: skip
 def test_a_model_file_that_cannot_serve_is_named_in_one_sentence(tmp_path, spoil, sentence):
@@ -131,7 +139,7 @@ def test_without_the_fast_network_keras_gives_the_same_answer(tmp_path, classifi
     fast, exact = classifier.infer(prepared), slow.infer(prepared)
     assert slow.engine == "keras-float32"
     assert np.abs(fast["probabilities"] - exact["probabilities"]).max() < 0.1
-    assert np.corrcoef(fast["heat"].ravel(), exact["heat"].ravel())[0, 1] > 0.98
+    assert np.corrcoef(fast["heat"].ravel(), exact["heat"].ravel())[0, 1] > 0.95
 
 
 def test_a_plain_keras_model_serves_and_says_that_it_has_no_card(tmp_path):

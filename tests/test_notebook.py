@@ -16,7 +16,8 @@ import app as web
 
 SETTINGS = {
     "BASE_WEIGHTS": "scratch", "VIEWS": 1, "BATCH": 16, "EPOCHS_1": 2, "EPOCHS_2": 1, "EPOCHS_3": 1,
-    "DRAWS_3": 32, "EPOCHS_BASELINE": 1, "BOOTSTRAP": 50, "CALIBRATION": 10,
+    "DRAWS_3": 32, "EPOCHS_BASELINE": 1, "BOOTSTRAP": 50, "CALIBRATION": 10, "RESUME": 0,
+    "LIMIT": 0, "COUNTER_EXAMPLES": "",
 }  # fmt: skip
 
 
@@ -187,7 +188,7 @@ def trained(tmp_path_factory):
     environment |= {"DATA": str(folder / "data"), "OUTPUT": str(folder)}
     command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute",
                "--output-dir", str(folder), "Brainmodel.ipynb"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -216,7 +217,7 @@ def test_the_card_holds_what_the_split_was(trained):
     assert sum(sum(parts.values()) for parts in counts) == 64
     assert all(parts["train"] > parts["test"] > 0 for parts in counts)
     assert 0 <= card["thresholds"]["low"] <= card["thresholds"]["high"] <= 1.0001
-    assert card["figures"]["int8 against float"]["same label"] >= 0.8
+    assert card["figures"]["int8 against float"]["mean change of the tumor probability"] < 0.02
 
 
 def test_the_committed_notebook_shows_its_figures_and_no_patient():
