@@ -322,8 +322,8 @@ class Classifier:
     def why_rejected(self, scan, prepared, embedding):
         """A sentence if the picture is no brain MRI, else None.
 
-        Blankness, colour and noise (neighbouring pixels that hardly agree; of the training
-        scans none lies below 0.66) are seen in the picture. For the rest the card holds a line through
+        Blankness, colour and noise (neighbouring pixels that hardly agree) are seen in the
+        picture. For the rest the card holds a line through
         the network's embedding, drawn between brain MRI and other pictures (outlier exposure,
         Hendrycks et al. 2019).
         """
