@@ -323,9 +323,8 @@ class Classifier:
         """A sentence if the picture is no brain MRI, else None.
 
         Blankness, colour and noise (neighbouring pixels that hardly agree) are seen in the
-        picture. For the rest the card holds a line through
-        the network's embedding, drawn between brain MRI and other pictures (outlier exposure,
-        Hendrycks et al. 2019).
+        picture. For the rest the card holds a line through the network's embedding, drawn
+        between brain MRI and other pictures (outlier exposure, Hendrycks et al. 2019).
         """
         if np.ptp(np.percentile(scan.pixels, (1, 99))) < 10:
             return "The picture is blank or nearly so."
