@@ -284,11 +284,16 @@ class Classifier:
             self.engine, self.run = "litert-int8", litert(members["serving.tflite"], threads, self.path)
         else:
             self.engine, self.run = "keras-float32", keras_model(self.path)
-        width = self.infer(np.zeros((1, SIDE, SIDE, 3), np.uint8))["probabilities"].shape[1]
+        outputs = self.infer(np.zeros((1, SIDE, SIDE, 3), np.uint8))
+        width = outputs["probabilities"].shape[1]
         self.labels = self.card.get("labels") or PLAIN_LABELS.get(width, [])
         if width != len(self.labels) or NO_TUMOR not in self.labels:
             labels = ", ".join(self.labels) or "unknown"
             raise wrong_model(self.path, f"gives {width} numbers a scan, but its labels are {labels}")
+        gate, embedding = self.card.get("gate"), outputs.get("embedding")
+        if gate and embedding is not None and len(gate["weights"]) != embedding.shape[1]:
+            what = f"has a gate of {len(gate['weights'])} weights for an embedding of {embedding.shape[1]}"
+            raise wrong_model(self.path, what)
 
     def infer(self, prepared):
         """Outputs by name for uint8 (N, 224, 224, 3); engines are not shared between threads."""
@@ -326,7 +331,7 @@ class Classifier:
         picture. For the rest the card holds a line through the network's embedding, drawn
         between brain MRI and other pictures (outlier exposure, Hendrycks et al. 2019).
         """
-        if np.ptp(np.percentile(scan.pixels, (1, 99))) < 10:
+        if np.ptp(np.percentile(scan.pixels, (1, 99))) < 10 or not np.ptp(prepared):
             return "The picture is blank or nearly so."
         if scan.colour > 40:
             return "The picture is in strong colours, which no MRI is."

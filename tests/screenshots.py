@@ -1,6 +1,5 @@
 """Make the README's screenshot from the running app with a drawn phantom: python tests/screenshots.py"""
 
-import pathlib
 import tempfile
 import threading
 
@@ -25,7 +24,7 @@ def main():
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 960, "height": 600})
         page.goto(f"http://127.0.0.1:{server.port}")
-        shoot(page, pathlib.Path(ROOT) / "static" / "screenshot.png")
+        shoot(page, ROOT / "static" / "screenshot.png")
         browser.close()
         server.shutdown()
 

@@ -81,6 +81,14 @@ def test_a_blank_picture_gets_no_diagnosis(classifier):
     assert finding == Finding("rejected", reason="The picture is blank or nearly so.")
 
 
+def test_an_even_patch_gets_no_diagnosis(classifier):
+    """A white square on black leaves nothing to look at once it is cropped."""
+    patch = np.zeros((256, 256), np.uint8)
+    patch[60:190, 60:190] = 255
+    (finding,) = classifier.classify([Scan(patch, "patch.png")])
+    assert finding == Finding("rejected", reason="The picture is blank or nearly so.")
+
+
 def test_noise_gets_no_diagnosis(classifier):
     noise = np.random.default_rng(0).integers(0, 255, (256, 256), dtype=np.uint8)
     (finding,) = classifier.classify([Scan(noise, "noise.png")])
@@ -119,6 +127,8 @@ def test_real_scans_pass_the_gate_and_mostly_get_their_verdict(classifier, real_
      r"gives 4 numbers a scan, but its labels are no_tumor, tumor; run Brainmodel.ipynb to write one that fits."),
     (lambda path: repack(path, {"card.json": b"{"}),
      "has a card.json that cannot be read; run Brainmodel.ipynb to write one that fits."),
+    (lambda path: repack(path, {"card.json": changed_card(gate={"weights": [1.0], "bias": 0, "threshold": 0})}),
+     "has a gate of 1 weights for an embedding of 512; run Brainmodel.ipynb to write one that fits."),
     (lambda path: repack(path, {"card.json": changed_card(thresholds={"low": 0.1})}),
      "has a card.json that cannot be read; run Brainmodel.ipynb to write one that fits."),
 ])  # fmt: skip
