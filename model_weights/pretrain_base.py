@@ -10,6 +10,10 @@ the end the three are added into one 3x3 convolution with a bias, and the result
 
 The same command continues an interrupted run. Any Keras backend will do (KERAS_BACKEND=tensorflow, jax, torch).
 
+Where an array file holds boxes, two lessons more are drawn from them: the evidence for a box's label has to lie in
+the box, and a scan whose box is painted over shows what `without` says. Both keep the network from learning what
+stands around a tumor: the scanner, the plane, the border.
+
 Sources: Simonyan & Zisserman 2015, "Very deep convolutional networks for large-scale image recognition";
 Ding et al. 2021, "RepVGG: making VGG-style ConvNets great again"; Goyal et al. 2017 (warm-up).
 """
@@ -18,6 +22,7 @@ import argparse
 import json
 import pathlib
 import time
+from dataclasses import dataclass
 
 import h5py
 import keras
@@ -34,23 +39,18 @@ MOMENTUM, WEIGHT_DECAY, WARM_UP_STEPS, DROPOUT = 0.9, 5e-4, 200, 0.3
 FOLD_TOLERANCE, FOLD_PIXELS = 1e-3, 64
 
 MARGIN = 1.25  # training pictures are stored this much larger than the network's input
-ROTATION = 20.0  # degrees, either way
-SCALE = (0.8, 1.2)
-SHIFT = 0.08  # of the picture's side, either way
-MIRROR_SHARE = 0.5
-COARSE_SHARE, COARSE_SCALE = 0.3, (0.35, 0.9)  # resolution loss: reduced to this share of the side and back
-GAMMA = (0.6, 1.6)
-CONTRAST, GAIN = (0.7, 1.3), (0.8, 1.2)
-INVERTED_SHARE = 0.1
-NOISE = 0.06  # largest standard deviation, of the full grey range
-ERASED_SHARE, ERASED_SIDE = 0.5, (0.1, 0.35)  # a box of one grey, of the picture's side
+CELL = 16  # pixels of a picture to one of its feature map
+PLACE_WEIGHT = 0.3  # of the loss for evidence outside the box
+WITHOUT_MARGIN = 0.15  # a box that is painted over is widened by this share of its sides
 PROGRESS_STEPS = 50
 
 
 # Pictures
 
 def load_pictures(path, pixels):
-    """Training and validation parts, each a dict of pixels (N, S, S) uint8, targets (N, C) and draw (N,)."""
+    """Training and validation parts, each a dict of pixels (N, S, S) uint8, targets (N, C), draw (N,),
+    boxes (N, 4) as shares x0, y0, x1, y1 of the side or NaN, and without (C,), the targets of a box painted over.
+    """
     path = pathlib.Path(path)
     if path.is_dir():
         arrays = read_folder(path, pixels)
@@ -63,13 +63,15 @@ def load_pictures(path, pixels):
     count = len(arrays["pixels"])
     part = arrays.get("part", np.full(count, "train"))
     draw = arrays.get("draw", np.ones(count))
+    boxes = arrays.get("boxes", np.full((count, 4), np.nan))
+    without = arrays.get("without", np.zeros(arrays["targets"].shape[1])).astype("float32")
     rows = {name: part == name for name in ("train", "validation")}
     if not draw[rows["train"]].sum() > 0:
         raise SystemExit(f"{path} holds no training picture that could be drawn.")
     if not arrays["targets"][rows["train"] | rows["validation"]].any(axis=1).all():
         raise SystemExit(f"{path} holds a picture without any target.")
     return [{"pixels": arrays["pixels"][chosen], "targets": arrays["targets"][chosen].astype("float32"),
-             "draw": draw[chosen]} for chosen in rows.values()]
+             "draw": draw[chosen], "boxes": boxes[chosen], "without": without} for chosen in rows.values()]
 
 
 def read_folder(folder, pixels):
@@ -105,41 +107,113 @@ def network_input(grey):
 
 # Augmentation
 
-def warped(picture, pixels, rng):
-    """One picture (S, S) uint8 rotated, scaled, shifted, perhaps mirrored and coarsened, as (pixels, pixels)."""
-    side = len(picture)
-    angle = np.radians(rng.uniform(-ROTATION, ROTATION))
-    step = side / pixels / rng.uniform(*SCALE)
-    turn = step * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    if rng.random() < MIRROR_SHARE:
-        turn[:, 0] *= -1
-    offset = side * (0.5 + rng.uniform(-SHIFT, SHIFT, 2)) - turn.sum(axis=1) * pixels / 2
-    affine = (*turn[0], offset[0], *turn[1], offset[1])
-    image = Image.fromarray(picture).transform(
-        (pixels, pixels), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
-    if rng.random() < COARSE_SHARE:
-        coarse = round(pixels * rng.uniform(*COARSE_SCALE))
-        for side in (coarse, pixels):
-            image = image.resize((side, side), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+@dataclass(frozen=True)
+class Augmentation:
+    """How training pictures are drawn; pairs are the lowest and the highest of an even draw."""
+
+    rotation: float = 20.0  # degrees, either way
+    zoom: tuple[float, float] = (0.8, 1.2)
+    shift: float = 0.08  # of the picture's side, either way
+    mirrored: float = 0.5  # share of the pictures
+    coarse: float = 0.3  # share of the pictures with less resolution
+    coarsest: float = 0.35  # least share of the side that they are reduced to, and back
+    gamma: tuple[float, float] = (0.6, 1.6)
+    contrast: tuple[float, float] = (0.7, 1.3)
+    brightness: tuple[float, float] = (0.8, 1.2)
+    inverted: float = 0.1  # share of the pictures
+    noise: float = 0.06  # largest standard deviation, of the full range of grey
+    painted: float = 0.5  # share of the pictures with a box somewhere painted over
+    painted_side: tuple[float, float] = (0.1, 0.35)  # of the picture's side
+    without: float = 0.12  # share of the boxed pictures whose own box is painted over
+
+    def view(self, picture, box, targets, without, pixels, rng):
+        """One view of a picture (S, S) uint8: grey (pixels, pixels) float32, 0 to 255; its targets (C,); and the
+        share of each cell of its feature map that lies in the box, 0 without one.
+
+        box: x0, y0, x1, y1 as shares of the side, or NaN; without: the targets of a box painted over, or zeros.
+        """
+        if rng.random() < self.without and without.any() and not np.isnan(box).any():
+            picture, box, targets = without_tumor(picture, box, rng), np.full(4, np.nan), without
+        elif rng.random() < self.painted:
+            width, height = (len(picture) * rng.uniform(*self.painted_side, 2)).astype(int)
+            left, top = rng.integers(len(picture) - width), rng.integers(len(picture) - height)
+            picture = painted_over(picture, left, top, left + width, top + height, rng)
+        affine = self.affine(len(picture), pixels, rng)
+        grey = self.recoloured(self.coarsened(moved(picture, affine, pixels), rng), rng)
+        mask = None if np.isnan(box).any() else moved(mask_of(box, len(picture)), affine, pixels)
+        return grey, targets, cells_of(mask, pixels)
+
+    def affine(self, side, pixels, rng):
+        """The six numbers that lead from a view (pixels) back to a picture (side): turned, zoomed, shifted."""
+        angle = np.radians(rng.uniform(-self.rotation, self.rotation))
+        step = side / pixels / rng.uniform(*self.zoom)
+        turn = step * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        if rng.random() < self.mirrored:
+            turn[:, 0] *= -1
+        offset = side * (0.5 + rng.uniform(-self.shift, self.shift, 2)) - turn.sum(axis=1) * pixels / 2
+        return (*turn[0], offset[0], *turn[1], offset[1])
+
+    def coarsened(self, picture, rng):
+        """A picture (S, S) uint8, perhaps reduced and enlarged again."""
+        if rng.random() >= self.coarse:
+            return picture
+        small = round(len(picture) * rng.uniform(self.coarsest, 0.9))
+        return resized(resized(picture[None], small), len(picture))[0]
+
+    def recoloured(self, picture, rng):
+        """A picture (S, S) uint8 with other gamma, contrast, brightness, polarity and noise, float32, 0 to 255."""
+        grey = (picture.astype("float32") / 255) ** rng.uniform(*self.gamma)
+        grey = (grey.mean() + (grey - grey.mean()) * rng.uniform(*self.contrast)) * rng.uniform(*self.brightness)
+        if rng.random() < self.inverted:
+            grey = 1 - grey
+        grey += rng.uniform(0, self.noise) * rng.standard_normal(grey.shape, dtype="float32")
+        return 255 * np.clip(grey, 0, 1).astype("float32")
 
 
-def recoloured(grey, rng):
-    """Grey values (N, S, S) uint8 with other gamma, contrast, gain, polarity, noise and one erased box, float32."""
-    def each(bounds):
-        return rng.uniform(*bounds, (len(grey), 1, 1)).astype("float32")
+def moved(picture, affine, pixels):
+    """A picture (S, S) uint8 under an affine map, as (pixels, pixels) uint8; black where it has nothing."""
+    return np.asarray(Image.fromarray(picture).transform(
+        (pixels, pixels), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR))
 
-    grey = (grey.astype("float32") / 255) ** each(GAMMA)
-    mean = grey.mean(axis=(1, 2), keepdims=True)
-    grey = (mean + (grey - mean) * each(CONTRAST)) * each(GAIN)
-    grey = np.where(each((0, 1)) < INVERTED_SHARE, 1 - grey, grey)
-    grey += each((0, NOISE)) * rng.standard_normal(grey.shape, dtype="float32")
-    pixels = grey.shape[1]
-    for row in np.flatnonzero(rng.random(len(grey)) < ERASED_SHARE):
-        height, width = (pixels * rng.uniform(*ERASED_SIDE, 2)).astype(int)
-        top, left = rng.integers(pixels - height), rng.integers(pixels - width)
-        grey[row, top:top + height, left:left + width] = rng.random()
-    return 255 * np.clip(grey, 0, 1)
+
+def mask_of(box, side):
+    """A box (x0, y0, x1, y1), shares of the side, as a mask (side, side) uint8 of 0 and 255."""
+    x0, y0, x1, y1 = np.round(np.clip(box, 0, 1) * side).astype(int)
+    mask = np.zeros((side, side), np.uint8)
+    mask[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)] = 255
+    return mask
+
+
+def cells_of(mask, pixels):
+    """The share (n, n) float32 of each cell of a feature map that a mask (pixels, pixels) uint8 covers; 0 for None."""
+    count = pixels // CELL
+    if mask is None:
+        return np.zeros((count, count), "float32")
+    return mask[:count * CELL, :count * CELL].reshape(count, CELL, count, CELL).mean((1, 3), dtype="float32") / 255
+
+
+def without_tumor(picture, box, rng):
+    """A copy of a picture (S, S) uint8 whose box, widened by WITHOUT_MARGIN, is painted over."""
+    margin = WITHOUT_MARGIN * (box[2:] - box[:2])
+    wide = np.clip(np.concatenate([box[:2] - margin, box[2:] + margin]), 0, 1)
+    return painted_over(picture, *np.round(wide * len(picture)).astype(int), rng)
+
+
+def painted_over(picture, x0, y0, x1, y1, rng):
+    """A copy of a picture (S, S) with a box, in pixels, filled: with what stands elsewhere in it, or with one grey.
+
+    Elsewhere is the mirrored place, where the other half of a head lies, or any place.
+    """
+    picture = picture.copy()
+    side, width, height = len(picture), x1 - x0, y1 - y0
+    left, top = ((side - x1, y0), (rng.integers(side - width + 1), rng.integers(side - height + 1)))[rng.integers(2)]
+    patch = picture[top:top + height, left:left + width][:, ::-1]
+    apart = abs(left - x0) >= width or abs(top - y0) >= height
+    picture[y0:y1, x0:x1] = patch if apart and rng.random() < 0.7 else rng.choice(picture.ravel())
+    return picture
+
+
+AUGMENTATION = Augmentation()
 
 
 class Draws(keras.utils.PyDataset):
@@ -157,8 +231,10 @@ class Draws(keras.utils.PyDataset):
     def __getitem__(self, index):
         rng = np.random.default_rng([*self.seed, index])
         rows = self.rows[index * self.batch:(index + 1) * self.batch]
-        grey = np.stack([warped(self.part["pixels"][row], self.pixels, rng) for row in rows])
-        return network_input(recoloured(grey, rng)), self.part["targets"][rows]
+        views = [AUGMENTATION.view(*(self.part[name][row] for name in ("pixels", "boxes", "targets")),
+                                   self.part["without"], self.pixels, rng) for row in rows]
+        grey, targets, cells = (np.stack(values) for values in zip(*views))
+        return network_input(grey), with_place(targets, cells)
 
 
 class Plain(keras.utils.PyDataset):
@@ -173,7 +249,14 @@ class Plain(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         rows = slice(index * self.batch, (index + 1) * self.batch)
-        return network_input(self.part["pixels"][rows]), self.part["targets"][rows]
+        grey, targets = self.part["pixels"][rows], self.part["targets"][rows]
+        return network_input(grey), with_place(targets, np.stack([cells_of(None, len(grey[0]))] * len(grey)))
+
+
+def with_place(targets, cells):
+    """Targets (N, C) and shares in the box (N, h, w) as what the loss takes, (N, h, w, C + 1)."""
+    everywhere = np.broadcast_to(targets[:, None, None], (*cells.shape, targets.shape[1]))
+    return np.concatenate([everywhere, cells[..., None]], axis=-1)
 
 
 # Network
@@ -197,17 +280,20 @@ def raw_moments(values):
 
 
 class BranchedConvolution(keras.layers.Layer):
-    """ReLU(BN(conv3x3(x)) + BN(conv1x1(x)) + BN(x)), the last where input and output have as many channels."""
+    """ReLU(BN(conv3x3(x)) + BN(conv1x1(x)) + BN(x)), the last where input and output have as many channels.
 
-    def __init__(self, filters, **options):
+    With `points` false the first branch stands alone. A layer that is not trainable keeps its moving moments.
+    """
+
+    def __init__(self, filters, points=True, **options):
         super().__init__(**options)
-        self.filters = filters
+        self.filters, self.points = filters, points
 
     def build(self, shape):
         channels = shape[-1]
-        branches = ["bn3x3", "bn1x1"] + ["bnid"] * (channels == self.filters)
+        branches = ["bn3x3"] + ["bn1x1"] * self.points + ["bnid"] * (self.points and channels == self.filters)
         self.kernels = [self.add_weight(name=f"kernel{size}x{size}", shape=(size, size, channels, self.filters),
-                                        initializer="he_normal") for size in (3, 1)]
+                                        initializer="he_normal") for size in (3, 1)[:1 + self.points]]
         self.norms = {branch: [self.add_weight(name=f"{branch}_{row}", shape=(self.filters,), initializer=start,
                                                trainable=row in ("gamma", "beta"), autocast=False)
                                for row, start in (("gamma", "ones"), ("beta", "zeros"),
@@ -218,7 +304,7 @@ class BranchedConvolution(keras.layers.Layer):
         maps = [ops.conv(x, kernel, padding="same", data_format="channels_last") for kernel in self.kernels] + [x]
         total, bias = 0, 0
         for values, (gamma, beta, *moving) in zip(maps, self.norms.values()):
-            mean, variance = self.moments(values, moving) if training else moving
+            mean, variance = self.moments(values, moving) if training and self.trainable else moving
             scale = gamma * ops.rsqrt(variance + NORM_EPSILON)
             total += values * ops.cast(scale, values.dtype)
             bias += beta - mean * scale
@@ -242,21 +328,28 @@ class BranchedConvolution(keras.layers.Layer):
                 | {name: np.stack([ops.convert_to_numpy(row) for row in rows]) for name, rows in self.norms.items()})
 
 
-def branched_base(dtype):
-    """VGG19 without its top, of branched layers under the names of keras.applications; any input size."""
+def branched_base(dtype, points=True, frozen=0):
+    """VGG19 without its top, of branched layers under the names of keras.applications; any input size.
+
+    `points`: with the 1x1 and identity branches; `frozen`: blocks that do not learn, from the first.
+    """
     inputs = x = keras.Input((None, None, 3))
     for block, (convolutions, filters) in enumerate(BLOCKS, start=1):
         for convolution in range(1, convolutions + 1):
-            x = BranchedConvolution(filters, name=f"block{block}_conv{convolution}", dtype=dtype)(x)
+            x = BranchedConvolution(filters, points, name=f"block{block}_conv{convolution}", dtype=dtype,
+                                    trainable=block > frozen)(x)
         x = keras.layers.MaxPooling2D(2, name=f"block{block}_pool", dtype=dtype)(x)
     return keras.Model(inputs, x, name="branched_vgg19")
 
 
 def classifier(base, classes):
-    """The base with global average pooling, dropout and one float32 logit a class."""
-    x = keras.layers.GlobalAveragePooling2D(dtype="float32")(base.output)
-    x = keras.layers.Dropout(DROPOUT, dtype="float32")(x)
-    return keras.Model(base.input, keras.layers.Dense(classes, name="logits", dtype="float32")(x))
+    """The base with dropout of whole channels and one float32 logit a class at every place (N, h, w, classes).
+
+    The mean over the places is what global average pooling and a dense layer give.
+    """
+    x = keras.layers.SpatialDropout2D(DROPOUT, dtype="float32", name="dropout")(base.get_layer("block5_conv4").output)
+    return keras.Model(base.input, keras.layers.Dense(
+        classes, name="logits", dtype="float32", kernel_initializer="zeros")(x))
 
 
 def branched_layers(model):
@@ -265,23 +358,49 @@ def branched_layers(model):
 
 
 def save_branches(model, path):
-    """Write the branches of every layer as an .npz file that --start reads."""
-    replace(path, lambda new: np.savez(new, **{f"{layer.name}/{name}": array for layer in branched_layers(model)
-                                               for name, array in layer.branches().items()}))
+    """Write the branches of every layer, and the head, as an .npz file that --start reads."""
+    arrays = {f"{layer.name}/{name}": array for layer in branched_layers(model)
+              for name, array in layer.branches().items()}
+    arrays |= {f"logits/{row}": array for row, array in enumerate(model.get_layer("logits").get_weights())}
+    replace(path, lambda new: np.savez(new, **arrays))
 
 
-def load_branches(model, path):
-    """Set the branches of every layer from an .npz file."""
+def load_branches(model, arrays):
+    """Set the branches of every layer from the arrays of an .npz file, and the head where it has as many classes."""
+    for layer in branched_layers(model):
+        for name, kernel in zip(("conv3x3", "conv1x1"), layer.kernels):
+            kernel.assign(arrays[f"{layer.name}/{name}"].astype("float32"))
+        for name, rows in layer.norms.items():
+            for variable, row in zip(rows, arrays[f"{layer.name}/{name}"]):
+                variable.assign(row.astype("float32"))
+    head = model.get_layer("logits")
+    if "logits/1" in arrays and arrays["logits/1"].shape == head.bias.shape:
+        head.set_weights([arrays["logits/0"], arrays["logits/1"]])
+
+
+def load_folded(model, path, pictures):
+    """Set the 3x3 branches of a model without points from a plain VGG19 weights file.
+
+    Each norm takes the moments of some pictures (N, S, S) uint8, so that the base answers as the plain one does.
+    """
     try:
-        with np.load(path) as arrays:
-            for layer in branched_layers(model):
-                for name, kernel in zip(("conv3x3", "conv1x1"), layer.kernels):
-                    kernel.assign(arrays[f"{layer.name}/{name}"].astype("float32"))
-                for name, rows in layer.norms.items():
-                    for variable, row in zip(rows, arrays[f"{layer.name}/{name}"]):
-                        variable.assign(row.astype("float32"))
-    except (OSError, KeyError, ValueError) as error:
-        raise SystemExit(f"{path} cannot be read as the branches of VGG19: {error}.") from None
+        plain = keras.applications.VGG19(include_top=False, weights=path)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read as the weights of VGG19: {error}.") from None
+    x = ops.convert_to_tensor(network_input(pictures))
+    last = model.layers.index(branched_layers(model)[-1])
+    for layer in model.layers[1:last + 1]:
+        if isinstance(layer, BranchedConvolution):
+            kernel, bias = plain.get_layer(layer.name).get_weights()
+            if layer.name == "block1_conv1":
+                bias = bias + kernel.sum((0, 1)).T @ (GREY_MEAN - CAFFE_MEAN)
+                kernel = np.repeat(kernel.sum(axis=2, keepdims=True) * GREY_SCALE / 3, 3, axis=2)
+            maps = ops.convert_to_numpy(ops.conv(x, kernel, padding="same", data_format="channels_last"))
+            mean, deviation = maps.mean((0, 1, 2)), maps.std((0, 1, 2)) + NORM_EPSILON
+            size = np.sqrt((kernel**2).sum((0, 1, 2)) / 2) + 1e-12  # to the length that He's initialisation gives
+            variance = (deviation / size) ** 2 - NORM_EPSILON
+            layer.set_weights([kernel / size, deviation, mean + bias, mean / size, np.maximum(variance, 0)])
+        x = ops.cast(layer(ops.cast(x, layer.compute_dtype)), "float32")
 
 
 # Training
@@ -292,9 +411,29 @@ def set_loss(targets, logits):
     return ops.logsumexp(logits, axis=-1) - ops.logsumexp(allowed, axis=-1)
 
 
-def hit(targets, logits):
+def place_loss(targets, logits, inside):
+    """Minus the log of the share (N,) of the evidence for the targets that lies inside the box; 0 without a box.
+
+    logits (N, h, w, C), inside (N, h, w); the evidence of a place is its share in a softmax over all places.
+    """
+    allowed = ops.where(targets[:, None, None] > 0, logits, -1e9)
+    evidence = ops.reshape(ops.logsumexp(allowed, axis=-1), (ops.shape(inside)[0], -1))
+    inside = ops.reshape(inside, ops.shape(evidence))
+    share = ops.sum(ops.softmax(evidence, axis=-1) * inside, axis=-1) / ops.maximum(ops.max(inside, axis=-1), 1e-6)
+    return ops.where(ops.max(inside, axis=-1) > 0, -ops.log(share + 1e-3), 0.0)
+
+
+def loss(marks, logits):
+    """The loss (N,) of logits (N, h, w, C) against what with_place() made."""
+    targets = marks[:, 0, 0, :-1]
+    return (set_loss(targets, ops.mean(logits, axis=(1, 2)))
+            + PLACE_WEIGHT * place_loss(targets, logits, marks[..., -1]))
+
+
+def hit(marks, logits):
     """1 where the likeliest class is one of the targets, else 0 (N,)."""
-    return ops.take_along_axis(targets, ops.argmax(logits, axis=-1)[:, None], axis=-1)[:, 0]
+    best = ops.argmax(ops.mean(logits, axis=(1, 2)), axis=-1)
+    return ops.take_along_axis(marks[:, 0, 0, :-1], best[:, None], axis=-1)[:, 0]
 
 
 def compile_for(model, rate, steps):
@@ -309,7 +448,7 @@ def compile_for(model, rate, steps):
     optimizer.build(model.trainable_variables)
     # XLA compiles slow convolutions for processors; elsewhere the backend chooses.
     jit = False if keras.backend.backend() == "tensorflow" else "auto"
-    model.compile(optimizer, loss=set_loss, metrics=[hit], jit_compile=jit)
+    model.compile(optimizer, loss=loss, metrics=[hit], jit_compile=jit)
 
 
 class Progress(keras.callbacks.Callback):
@@ -344,6 +483,7 @@ def train(model, training, validation, sizes, options, folder, finished):
             drawn = training | {"pixels": resized(training["pixels"], round(pixels * MARGIN))}
             held_out = validation | {"pixels": resized(validation["pixels"], pixels)}
         start = time.monotonic()
+        model.get_layer("dropout").seed_generator.state.assign([options.seed, epoch])  # a continued run drops the same
         draws = Draws(drawn, pixels, options.draws, options.batch, (options.seed, epoch))
         progress = Progress(pixels, len(draws) * sum(size**2 for size in sizes[epoch + 1:]))
         logs = model.fit(draws, epochs=1, shuffle=False, verbose=0, callbacks=[progress]).history
@@ -368,7 +508,7 @@ def replace(path, write):
 
 def run_settings(options):
     """What a continued run must share with the run that it continues."""
-    return {name: getattr(options, name) for name in ("schedule", "draws", "batch", "rate", "seed")}
+    return {name: getattr(options, name) for name in ("schedule", "draws", "batch", "rate", "frozen", "seed")}
 
 
 def save_state(model, folder, epochs, settings):
@@ -411,7 +551,7 @@ def folded_branch(kernel, norm):
 def folded_layer(layer):
     """The one 3x3 kernel (3, 3, in, out) and bias (out,) equal to a layer's branches."""
     kernels = [ops.convert_to_numpy(kernel) for kernel in layer.kernels]
-    kernels.append(np.eye(kernels[0].shape[2], dtype="float32")[None, None])
+    kernels.append(np.eye(kernels[0].shape[2], dtype="float32")[None, None])  # of the identity, where there is one
     (kernel, bias), *points = [folded_branch(*branch) for branch in zip(kernels, layer.norms.values())]
     for point, point_bias in points:
         kernel[1, 1] += point[0, 0]
@@ -443,7 +583,7 @@ def folded(base):
 
 def check_fold(model, plain, pictures):
     """Refuse a folded network whose features differ from the branched one's, in float32, on grey pictures."""
-    base = branched_base("float32")
+    base = branched_base("float32", branched_layers(model)[0].points)
     for layer, trained in zip(branched_layers(base), branched_layers(model)):
         layer.set_weights(trained.get_weights())
     grey = resized(pictures, FOLD_PIXELS).astype("float32")
@@ -495,13 +635,16 @@ def parse_schedule(text):
     return sizes
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def argument_parser(description):
+    """The parser of what a training run takes."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("data", help="folder of class folders, or .npz with pixels (N, S, S), targets (N, C) "
-                                     "and optionally part (N,) and draw (N,)")
+                                     "and optionally part (N,), draw (N,), boxes (N, 4) and without (C,)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("model_weights/vgg19_base.weights.h5"),
                         help="weights file to write (%(default)s)")
-    parser.add_argument("--start", default="none", help="branches .npz to start from, or none (%(default)s)")
+    parser.add_argument("--start", default="none", help="branches .npz to start from; or a plain .weights.h5, "
+                                                        "trained on without the points' branches; or none")
+    parser.add_argument("--frozen", type=int, default=0, help="blocks that do not learn (%(default)s)")
     parser.add_argument("--schedule", default="80:6,112:3", help="pixels:epochs of each stage (%(default)s)")
     parser.add_argument("--draws", type=int, default=4000, help="training pictures an epoch (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step (%(default)s)")
@@ -509,30 +652,51 @@ def parse_arguments():
     parser.add_argument("--checkpoint", type=pathlib.Path, help="folder of the state ('pretraining' beside --out)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
     parser.add_argument("--dtype", default="mixed_bfloat16", help="Keras dtype policy of training (%(default)s)")
+    return parser
+
+
+def checked(parser, ending):
+    """The parsed arguments; ends the program with a sentence where they contradict each other."""
     options = parser.parse_args()
-    if not options.out.name.endswith(".weights.h5"):
-        parser.error("--out must end in .weights.h5.")
+    if not options.out.name.endswith(ending):
+        parser.error(f"--out must end in {ending}.")
     if not 1 <= options.batch <= options.draws:
         parser.error("--draws must be at least --batch, and both positive.")
     options.checkpoint = options.checkpoint or options.out.parent / "pretraining"
     return options
 
 
+def started(options, training, sizes):
+    """A compiled classifier of the training part's classes that starts from options.start."""
+    classes, some = training["targets"].shape[1], training["pixels"][::len(training["pixels"]) // 64 + 1]
+    if options.start.endswith(".weights.h5"):
+        model = classifier(branched_base(options.dtype, points=False, frozen=options.frozen), classes)
+        load_folded(model, options.start, resized(some, sizes[0]))
+    elif options.start == "none":
+        model = classifier(branched_base(options.dtype, frozen=options.frozen), classes)
+    else:
+        try:
+            with np.load(options.start) as arrays:
+                points = any(name.endswith("conv1x1") for name in arrays)
+                model = classifier(branched_base(options.dtype, points, options.frozen), classes)
+                load_branches(model, arrays)
+        except (OSError, KeyError, ValueError) as error:
+            raise SystemExit(f"{options.start} cannot be read as the branches of VGG19: {error}.") from None
+    compile_for(model, options.rate, len(sizes) * (options.draws // options.batch))
+    return model
+
+
 def main():
-    options = parse_arguments()
+    options = checked(argument_parser(__doc__), ".weights.h5")
     keras.utils.set_random_seed(options.seed)
     sizes = parse_schedule(options.schedule)
     training, validation = load_pictures(options.data, round(MARGIN * max(sizes, default=FOLD_PIXELS)))
-    base = branched_base(options.dtype)
-    model = classifier(base, training["targets"].shape[1])
-    if options.start != "none":
-        load_branches(base, options.start)
-    compile_for(model, options.rate, len(sizes) * (options.draws // options.batch))
+    model = started(options, training, sizes)
     finished = load_state(model, options.checkpoint, run_settings(options))
     print(f"{len(training['pixels'])} training and {len(validation['pixels'])} validation pictures, "
           f"{training['targets'].shape[1]} classes; {finished} of {len(sizes)} epochs done", flush=True)
     train(model, training, validation, sizes, options, options.checkpoint, finished)
-    write_folded(base, training["pixels"][:8], options.out)
+    write_folded(model, training["pixels"][:8], options.out)
 
 
 if __name__ == "__main__":
