@@ -204,16 +204,17 @@ def quality_warnings(scan, smallest_side):
 def head_box(pixels):
     """Box (x0, y0, x1, y1), in pixels, around what differs from the background.
 
-    The background is the level of the four corners, so that a white one works as well. Rows and
-    columns count where at least 2 % of their pixels stand out. The whole picture, if that
-    leaves next to nothing.
+    The background is the level of the four corners, so that a white one works as well, and its
+    noise that of the quietest corner. Rows and columns count where at least 2 % of their pixels
+    stand out. The whole picture, if that leaves next to nothing.
     """
     step = max(1, min(pixels.shape) // 256)
     sample = pixels[::step, ::step].astype(np.int16)
     h, w = (max(1, n // 16) for n in sample.shape)
     corners = [sample[:h, :w], sample[:h, -w:], sample[-h:, :w], sample[-h:, -w:]]
     difference = np.abs(sample - np.median([np.median(c) for c in corners]))
-    stands_out = difference > 0.12 * np.percentile(difference, 99)
+    noise = np.min([np.percentile(np.abs(c - np.median(c)), 95) for c in corners])
+    stands_out = difference > max(0.12 * np.percentile(difference, 99), 2 * noise)
     ys = np.flatnonzero(stands_out.mean(1) > 0.02) * step
     xs = np.flatnonzero(stands_out.mean(0) > 0.02) * step
     if not len(xs) or not len(ys) or min(np.ptp(xs), np.ptp(ys)) < 0.25 * min(pixels.shape):

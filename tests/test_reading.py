@@ -123,6 +123,13 @@ def test_the_head_is_found_on_any_background(background):
     assert np.abs(np.array([x0, y0, x1, y1]) - (60, 90, 160, 210)).max() <= 2
 
 
+def test_noise_around_a_head_is_not_taken_for_it():
+    """Noise of a twentieth of the range, which no eye minds, leaves the crop where it was."""
+    clean = np.pad(phantom(), 80)
+    noisy = (clean + np.random.default_rng(0).normal(0, 0.05 * 255, clean.shape)).clip(0, 255).astype(np.uint8)
+    assert np.abs(np.subtract(head_box(noisy), head_box(clean))).max() <= 8
+
+
 def test_the_margin_around_a_head_does_not_matter():
     """The same head in a wider frame gives nearly the same prepared picture."""
     wide = np.pad(phantom(), ((30, 90), (60, 10)))
