@@ -282,7 +282,8 @@ class Classifier:
         self.card = read_card(members.get("card.json"), self.path)
         self.lock = threading.Lock()
         if "serving.tflite" in members:
-            self.engine, self.run = "litert-int8", litert(members["serving.tflite"], threads, self.path)
+            self.engine = f"litert-{self.card.get('serving', 'int8')}"
+            self.run = litert(members["serving.tflite"], threads, self.path)
         else:
             self.engine, self.run = "keras-float32", keras_model(self.path)
         outputs = self.infer(np.zeros((1, SIDE, SIDE, 3), np.uint8))
@@ -379,7 +380,7 @@ def read_card(data, path):
 
 
 def litert(network, threads, path="model.keras"):
-    """The int8 network (bytes) as a function from uint8 (N, 224, 224, 3) to outputs by name."""
+    """The serving network (bytes) as a function from uint8 (N, 224, 224, 3) to outputs by name."""
     from ai_edge_litert.interpreter import Interpreter
 
     try:

@@ -17,8 +17,8 @@ import app as web
 SETTINGS = {
     "BASE_WEIGHTS": "scratch", "VIEWS": 1, "BATCH": 16, "EPOCHS_1": 2, "EPOCHS_2": 1, "EPOCHS_3": 1,
     "DROPOUTS": "0.4", "RATES_1": "0.001,0.002", "TOPS": "1", "RATES_2": "0.002", "SEARCH_DRAWS": 16, "DRAWS_3": 32,
-    "NAIVE_BATCHES": 1, "EPOCHS_BASELINE": 1, "BOOTSTRAP": 50, "CALIBRATION": 10, "ROUNDING": 4, "RESUME": 0,
-    "LIMIT": 0, "COUNTER_EXAMPLES": "", "CROSS_VALIDATION": "none",
+    "NAIVE_BATCHES": 1, "EPOCHS_BASELINE": 1, "BOOTSTRAP": 50, "CALIBRATION": 10, "ROUNDING": 4, "AGREEMENT": 2,
+    "GATE_SCANS": 12, "RESUME": 0, "LIMIT": 0, "COUNTER_EXAMPLES": "", "CROSS_VALIDATION": "none",
 }  # fmt: skip
 
 
@@ -274,7 +274,7 @@ def test_the_notebook_writes_a_model_that_the_app_serves(trained):
     data = {"file": (io.BytesIO(encode(phantom(99, lesion=True))), "new.png")}
     result = app.test_client().post("/upload", data=data).get_json()
     assert result["model"]["labels"] == ["no_tumor", "tumor"]
-    assert result["model"]["engine"] == "litert-int8"
+    assert result["model"]["engine"] == "litert-float16"  # int8 cannot agree as often as AGREEMENT asks here
     assert sum(result["scans"][0]["probabilities"].values()) == pytest.approx(1, abs=1e-3)
     assert app.test_client().get("/model").status_code == 200
 
@@ -289,7 +289,7 @@ def test_the_card_holds_what_the_split_was(trained):
     assert sum(sum(parts.values()) for parts in counts) == 64
     assert all(parts["train"] > parts["test"] > 0 for parts in counts)
     assert 0 <= card["thresholds"]["low"] <= card["thresholds"]["high"] <= 1.0001
-    assert card["figures"]["int8 against float"]["mean change of the tumor probability"] < 0.02
+    assert card["figures"]["float16 against float"]["mean change of the tumor probability"] < 0.02
 
 
 @pytest.mark.xfail(strict=True, reason="the notebook is newer than the shipped model, until the next training run")
