@@ -460,8 +460,9 @@ HEAT_COLOURS = np.array(
 def save(uploads, scans, findings, model):
     """Write one upload to `uploads`/<id>/ and return its result, the dict of `result.json`.
 
-    Holds the pictures re-encoded, the heatmaps and the answer; nothing of the files sent but
-    the last part of their names. Written under a temporary name, so it is whole or absent.
+    Holds the pictures re-encoded, the heats, of which heatmaps are drawn when they are asked for,
+    and the answer; nothing of the files sent but the last part of their names. Written under a
+    temporary name, so it is whole or absent.
     """
     upload_id = secrets.token_urlsafe(16)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -476,7 +477,7 @@ def save(uploads, scans, findings, model):
     partial = uploads / f".{upload_id}"
     try:
         for n, (scan, finding) in enumerate(zip(scans, findings)):
-            write_pictures(partial / str(n), scan, finding)
+            keep_scan(partial / str(n), scan, finding)
         (partial / "result.json").write_text(json.dumps(result))
         partial.rename(uploads / upload_id)
     except BaseException:
@@ -505,12 +506,21 @@ def scan_entry(upload_id, n, scan, finding):
     }
 
 
-def write_pictures(folder, scan, finding):
-    """scan.png and, where there is a heat, heatmap.png; fast rather than small."""
+def keep_scan(folder, scan, finding):
+    """scan.png, fast rather than small, and, where there is a heat, heat.npy."""
     folder.mkdir(parents=True)
     Image.fromarray(scan.pixels).save(folder / "scan.png", compress_level=1)
     if finding.heat is not None:
-        draw_heat(scan.pixels, finding.heat).save(folder / "heatmap.png", compress_level=1)
+        np.save(folder / "heat.npy", finding.heat)
+
+
+def heatmap_of(folder):
+    """The heatmap of a scan that keep_scan() kept, as the bytes of a PNG."""
+    with Image.open(folder / "scan.png") as picture:
+        heatmap = draw_heat(np.asarray(picture), np.load(folder / "heat.npy"))
+    png = io.BytesIO()
+    heatmap.save(png, "PNG", compress_level=1)
+    return png.getvalue()
 
 
 def heat_levels(pixels, heat):
@@ -596,7 +606,8 @@ def create_app(overrides=None):
     app.add_url_rule("/results/<upload_id>", "result_page", result_page)
     app.add_url_rule("/results/<upload_id>.json", "result_json", result_json)
     app.add_url_rule("/results/<upload_id>.csv", "result_csv", result_csv)
-    app.add_url_rule("/results/<upload_id>/<int:n>/<any(scan, heatmap):kind>.png", "picture", picture)
+    app.add_url_rule("/results/<upload_id>/<int:n>/scan.png", "scan_picture", scan_picture)
+    app.add_url_rule("/results/<upload_id>/<int:n>/heatmap.png", "heatmap", heatmap)
     app.add_url_rule("/results/<upload_id>/delete", "delete", delete, methods=["POST"])
     app.add_url_rule("/model", "model_page", model_page)
     app.add_url_rule("/healthz", "healthz", healthz)
@@ -683,12 +694,22 @@ def result_csv(upload_id):
     return Response(as_csv(load_result(upload_id)), mimetype="text/csv", headers=headers)
 
 
-def picture(upload_id, n, kind):
-    """GET /results/<id>/<n>/scan.png or heatmap.png"""
-    path = found(upload_id) / str(n) / f"{kind}.png"
-    if not path.is_file():
+def scan_picture(upload_id, n):
+    """GET /results/<id>/<n>/scan.png"""
+    return send_file(found_picture(upload_id, n, "scan.png") / "scan.png")
+
+
+def heatmap(upload_id, n):
+    """GET /results/<id>/<n>/heatmap.png"""
+    return Response(heatmap_of(found_picture(upload_id, n, "heat.npy")), mimetype="image/png")
+
+
+def found_picture(upload_id, n, name):
+    """The folder of scan n of an upload if it holds a file `name`, or 404."""
+    folder = found(upload_id) / str(n)
+    if not (folder / name).is_file():
         abort(404, "There is no such picture in this result.")
-    return send_file(path)
+    return folder
 
 
 def delete(upload_id):

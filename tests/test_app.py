@@ -177,7 +177,7 @@ def test_nothing_of_the_file_itself_is_kept(app, send):
     data = encode(phantom(), "JPEG", exif=exif)
     result = send((data, "/home/doe/scan.jpg")).get_json()
     stored = [path for path in pathlib.Path(app.config["UPLOADS"]).rglob("*") if path.is_file()]
-    assert sorted(path.name for path in stored) == ["heatmap.png", "result.json", "scan.png"]
+    assert sorted(path.name for path in stored) == ["heat.npy", "result.json", "scan.png"]
     assert not any(b"DOE^JOHN" in path.read_bytes() for path in stored)
     assert result["scans"][0]["file"] == "scan.jpg"
 
@@ -190,7 +190,7 @@ def test_a_failed_write_leaves_nothing_and_the_next_upload_works(send, uploads, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("app.draw_heat", full)
+        patch.setattr("app.np.save", full)
         response = send((SCAN, "scan.jpg"))
     assert response.status_code == 500
     assert response.get_json() == {"error": "Something went wrong on the server; the log has it."}
