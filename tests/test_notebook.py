@@ -199,8 +199,9 @@ def test_rounding_keeps_the_outputs_and_stays_on_the_converters_grid(notebook):
 
 def test_views_within_fills_the_cache_and_no_more(notebook):
     train = np.arange(100)
-    assert notebook["views_within"](train, 3, np.ones(100), 5, 1).tolist() == [*range(100)] * 3
-    assert len(notebook["views_within"](train, 3, np.ones(100), 0.02, 1)) == 49
+    notebook["BATCH"] = 8
+    assert notebook["views_within"](train, 3, np.ones(100), 5, 20, 1).tolist() == [*range(100)] * 3
+    assert len(notebook["views_within"](train, 3, np.ones(100), 0.02, 20, 1)) == 29
 
 
 def test_the_blanked_tenth_is_the_hottest_of_the_head(notebook):
