@@ -23,11 +23,11 @@ def typed_scans(path):
     """The scans with a fold and one tumor type: arrays by name, and the names of the types."""
     with np.load(path) as arrays:
         rows = (arrays["fold"] != "") & (arrays["targets"].sum(axis=1) == 1)
-        scans = {name: arrays[name][rows] for name in ("pixels", "targets", "boxes", *KINDS)}
+        scans = {name: arrays[name][rows] for name in ("pixels", "targets", "boxes", "digest", *KINDS)}
         labels = arrays["labels"]
     there = scans["targets"].any(axis=0)
     scans["targets"] = scans["targets"][:, there].astype("float32")
-    return scans | {"number": np.flatnonzero(rows)}, labels[there].tolist()
+    return scans, labels[there].tolist()
 
 
 def parts_of(scans, fold):
@@ -67,7 +67,7 @@ def main():
     parser.set_defaults(out=pathlib.Path("model_weights/cross_validation.csv"))
     options = base.checked(parser, ".csv")
     scans, labels = typed_scans(options.data)
-    columns = ["number", "label", *KINDS, "model", *labels]
+    columns = ["sha256", "label", *KINDS, "model", *labels]
     done = set()
     if options.out.exists():
         with open(options.out, newline="") as file:
@@ -81,7 +81,7 @@ def main():
             if new:
                 writer.writerow(columns)
             for row, p in zip(rows, answers):
-                writer.writerow([scans["number"][row], labels[scans["targets"][row].argmax()],
+                writer.writerow([scans["digest"][row], labels[scans["targets"][row].argmax()],
                                  *(scans[kind][row] for kind in KINDS), fold, *(f"{value:.5f}" for value in p)])
         right = answers.argmax(axis=1) == scans["targets"][rows].argmax(axis=1)
         print(f"fold {fold}: accuracy {right[scans['fold'][rows] == fold].mean():.3f}, persons joined "

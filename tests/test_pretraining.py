@@ -88,7 +88,8 @@ def arrays(tmp_path_factory):
     joined = folds.copy()
     joined[0] = "2"
     np.savez(path, pixels=pixels, targets=np.eye(2, dtype=np.uint8)[np.arange(40) % 2], labels=["long", "wide"],
-             boxes=np.stack(boxes), part=np.where(np.arange(40) < 32, "train", "validation"), fold=folds, joined=joined)
+             boxes=np.stack(boxes), part=np.where(np.arange(40) < 32, "train", "validation"), fold=folds, joined=joined,
+             digest=[f"{n:02}" for n in range(40)])
     return path
 
 
@@ -172,7 +173,7 @@ def test_cross_validation_writes_every_scan_once_a_fold_and_does_no_fold_twice(a
     with open(out, newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 41  # one scan is held out twice: by its fold and by its person's
-    assert sorted(int(row["number"]) for row in rows if row["model"] == row["fold"]) == list(range(40))
+    assert sorted(int(row["sha256"]) for row in rows if row["model"] == row["fold"]) == list(range(40))
     assert {row["fold"] for row in rows} == set("12345")
     assert capsys.readouterr().out.count("accuracy 1.000") == 5
 
