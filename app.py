@@ -12,14 +12,23 @@ import io
 import json
 import os
 import pathlib
+import queue
 import re
 import secrets
 import shutil
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import click
 import numpy as np
@@ -36,8 +45,10 @@ from flask import (
     url_for,
 )
 from flask.cli import with_appcontext
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from werkzeug.datastructures import FileStorage
 from werkzeug.exceptions import HTTPException, InternalServerError, RequestEntityTooLarge
+from werkzeug.test import encode_multipart
 
 HERE = pathlib.Path(__file__).parent
 
@@ -50,7 +61,7 @@ DEFAULTS = {
     "MAX_FILES": 32,  # of one request
     "MAX_SCANS": 256,  # in the files of one request
     "MAX_PIXELS": 50_000_000,  # pixels of one picture, before it is decoded
-    "MAX_WAITING": 8,  # requests at work or waiting for the network; beyond them: 503
+    "MAX_WAITING": 16,  # scans at work or waiting for the network; once it is reached: 503
     "RETENTION_HOURS": 24.0,
     "THREADS": os.cpu_count() or 1,
     "CORS_ORIGINS": "",  # separated by commas
@@ -195,10 +206,17 @@ def quality_warnings(scan, smallest_side):
     """Yield what a reader of the answer should know about the picture, in plain words."""
     if smallest_side < 128:
         yield f"The picture is small ({smallest_side} pixels); details may be lost."
-    if np.ptp(np.percentile(scan.pixels, (1, 99))) < 40:
+    if contrast(scan.pixels) < 40:
         yield "The contrast is low; the answer may be unreliable."
     if scan.colour > 4:
         yield "The picture is in colour; it was turned to grey."
+
+
+def contrast(pixels):
+    """Levels of grey between the 1st and the 99th percentile of uint8 pixels, 0 to 255."""
+    below = np.cumsum(Image.fromarray(pixels).histogram())
+    low, high = np.searchsorted(below, (0.01 * below[-1], 0.99 * below[-1]))
+    return int(high - low)
 
 
 def head_box(pixels):
@@ -241,7 +259,7 @@ def prepare(pixels: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------- classifier
 
 NO_TUMOR = "no_tumor"
-BATCH = 8  # scans a pass: more is no faster and takes memory
+CREW = 4  # engines at most for many scans; each takes about 40 MB
 PLAIN_CARD = {"thresholds": {"low": 0.5, "high": 0.5}, "plain": True}  # a model without card.json
 PLAIN_LABELS = {2: [NO_TUMOR, "tumor"], 4: ["glioma", "meningioma", NO_TUMOR, "pituitary"]}
 
@@ -280,13 +298,16 @@ class Classifier:
         members = read_archive(self.path)
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
         self.card = read_card(members.get("card.json"), self.path)
-        self.lock = threading.Lock()
-        if "serving.tflite" in members:
+        self.threads, self.network = threads, members.get("serving.tflite")
+        self.lock = threading.Lock()  # engines are not shared between threads
+        if self.network:
             self.engine = f"litert-{self.card.get('serving', 'int8')}"
-            self.run = litert(members["serving.tflite"], threads, self.path)
+            self.run = litert(self.network, threads, self.path)
         else:
             self.engine, self.run = "keras-float32", keras_model(self.path)
+        start = time.monotonic()
         outputs = self.infer(np.zeros((1, SIDE, SIDE, 3), np.uint8))
+        self.seconds = time.monotonic() - start  # of one scan, rather more: it was the first
         width = outputs["probabilities"].shape[1]
         self.labels = self.card.get("labels") or PLAIN_LABELS.get(width, [])
         if width != len(self.labels) or NO_TUMOR not in self.labels:
@@ -298,22 +319,46 @@ class Classifier:
             raise wrong_model(self.path, what)
 
     def infer(self, prepared):
-        """Outputs by name for uint8 (N, 224, 224, 3); engines are not shared between threads."""
+        """Outputs by name for uint8 (N, 224, 224, 3), with all threads, for one caller at a time."""
         with self.lock:
             return self.run(prepared)
 
-    def classify(self, scans: list[Scan]) -> list[Finding]:
-        """A Finding for each scan, in order; the network sees BATCH of them at a time."""
-        batches = [scans[n : n + BATCH] for n in range(0, len(scans), BATCH)]
-        return [finding for batch in batches for finding in self.classify_batch(batch)]
+    @cached_property
+    def crew(self):
+        """Engines for many scans, each with its share of the threads, in a queue of those that are free.
 
-    def classify_batch(self, scans):
-        prepared = np.stack([prepare(scan.pixels) for scan in scans])
-        outputs = self.infer(prepared)
-        heats = outputs.get("heat", [None] * len(scans))
-        embeddings = outputs.get("embedding", [None] * len(scans))
-        reasons = [self.why_rejected(*each) for each in zip(scans, prepared, embeddings)]
-        return [self.finding(*each) for each in zip(reasons, outputs["probabilities"], heats)]
+        For many scans an engine a core beats one engine on all cores: no core waits for another,
+        and each prepares its own next scan. Made when first needed; a single scan needs none.
+        """
+        engines = queue.SimpleQueue()
+        if self.network is None:
+            engines.put(self.infer)
+            return engines
+        for _ in range(min(self.threads, CREW)):
+            engines.put(litert(self.network, max(1, self.threads // CREW), self.path))
+        return engines
+
+    def infer_beside(self, prepared):
+        """As infer(), with one of the crew, while the others work on other scans."""
+        engine = self.crew.get()
+        try:
+            return engine(prepared)
+        finally:
+            self.crew.put(engine)
+
+    def classify(self, scans: list[Scan]) -> list[Finding]:
+        """A Finding for each scan, in order; one scan alone has all threads."""
+        if len(scans) == 1:
+            return [self.classify_one(scans[0], self.infer)]
+        with ThreadPoolExecutor(CREW) as pool:
+            return list(pool.map(lambda scan: self.classify_one(scan, self.infer_beside), scans))
+
+    def classify_one(self, scan, infer):
+        """The Finding for a scan, through infer(), or infer_beside() for one of many."""
+        prepared = prepare(scan.pixels)
+        outputs = {name: values[0] for name, values in infer(prepared[None]).items()}
+        reason = self.why_rejected(scan, prepared, outputs.get("embedding"))
+        return self.finding(reason, outputs["probabilities"], outputs.get("heat"))
 
     def finding(self, reason, probabilities, heat):
         if reason:
@@ -333,7 +378,7 @@ class Classifier:
         picture. For the rest the card holds a line through the network's embedding, drawn
         between brain MRI and other pictures (outlier exposure, Hendrycks et al. 2019).
         """
-        if np.ptp(np.percentile(scan.pixels, (1, 99))) < 10 or not np.ptp(prepared):
+        if contrast(scan.pixels) < 10 or not np.ptp(prepared):
             return "The picture is blank or nearly so."
         if scan.colour > 40:
             return "The picture is in strong colours, which no MRI is."
@@ -447,6 +492,7 @@ def most_probable(probabilities, verdict):
 # --------------------------------------------------------------------------------- store
 
 ID = re.compile(r"[A-Za-z0-9_-]{22}")  # secrets.token_urlsafe(16)
+FAST_PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # smaller than level 1 alone, and faster
 
 # Black, purple, orange, pale yellow: matplotlib's `inferno` at nine even steps, even to the eye.
 HEAT_COLOURS = np.array(
@@ -509,7 +555,7 @@ def scan_entry(upload_id, n, scan, finding):
 def keep_scan(folder, scan, finding):
     """scan.png, fast rather than small, and, where there is a heat, heat.npy."""
     folder.mkdir(parents=True)
-    Image.fromarray(scan.pixels).save(folder / "scan.png", compress_level=1)
+    Image.fromarray(scan.pixels).save(folder / "scan.png", **FAST_PNG)
     if finding.heat is not None:
         np.save(folder / "heat.npy", finding.heat)
 
@@ -519,7 +565,7 @@ def heatmap_of(folder):
     with Image.open(folder / "scan.png") as picture:
         heatmap = draw_heat(np.asarray(picture), np.load(folder / "heat.npy"))
     png = io.BytesIO()
-    heatmap.save(png, "PNG", compress_level=1)
+    heatmap.save(png, "PNG", **FAST_PNG)
     return png.getvalue()
 
 
@@ -542,9 +588,11 @@ def heat_levels(pixels, heat):
 def draw_heat(pixels, heat):
     """The scan as an RGB picture with the heat over it, opaque where it is hottest."""
     levels = (heat_levels(pixels, heat) * 255).astype(np.uint8)
-    colours = Image.fromarray(heat_palette()[levels])
+    colours = Image.fromarray(levels)
+    colours.putpalette(heat_palette().tobytes())
     opacity = Image.fromarray((levels * 0.7).astype(np.uint8))
-    return Image.composite(colours, Image.fromarray(pixels).convert("RGB"), opacity)
+    grey = Image.fromarray(pixels).convert("RGB")
+    return Image.composite(colours.convert("RGB"), grey, opacity)
 
 
 def heat_palette():
@@ -574,6 +622,21 @@ def sweep(uploads, hours):
                 shutil.rmtree(folder)
 
 
+def keep_sweeping(uploads, hours):
+    """Sweep every minute, or sooner where results are kept for minutes only, in a thread of its own.
+
+    No upload then pays for looking at all the others.
+    """
+
+    def loop():
+        while True:
+            time.sleep(min(60, max(1, hours * 360)))  # a tenth of the retention
+            with contextlib.suppress(OSError):  # the folder is away for a while: /healthz says so
+                sweep(uploads, hours)
+
+    threading.Thread(target=loop, name="sweep", daemon=True).start()
+
+
 def as_csv(result):
     """The CSV of a result: a line a scan, a column a label."""
     labels = result["model"]["labels"]
@@ -590,6 +653,27 @@ def as_csv(result):
 # ------------------------------------------------------------------------- pages and API
 
 
+class Queue:
+    """Counts the scans at work or waiting for the network."""
+
+    def __init__(self, most):
+        self.most, self.waiting, self.lock = most, 0, threading.Lock()
+
+    @contextlib.contextmanager
+    def places(self, scans, sure=False):
+        """Hold places for some scans; aborts with 503 if `most` are taken, unless they are `sure` of one."""
+        with self.lock:
+            if self.waiting >= self.most and not sure:
+                seconds = 1 + int(self.waiting * current_app.classifier.seconds)
+                abort(503, "The server is busy with other scans; try again in a few seconds.", retry_after=seconds)
+            self.waiting += scans
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.waiting -= scans
+
+
 def create_app(overrides=None):
     """The Flask app, its model loaded once; raises ModelError if that cannot serve."""
     app = Flask(__name__)
@@ -598,8 +682,9 @@ def create_app(overrides=None):
     uploads = pathlib.Path(app.config["UPLOADS"])
     uploads.mkdir(parents=True, exist_ok=True)
     sweep(uploads, app.config["RETENTION_HOURS"])
+    keep_sweeping(uploads, app.config["RETENTION_HOURS"])
     app.classifier = Classifier(app.config["MODEL"], app.config["THREADS"])
-    app.places = threading.BoundedSemaphore(app.config["MAX_WAITING"])
+    app.queue = Queue(app.config["MAX_WAITING"])
     app.add_url_rule("/", "index", index)
     app.add_url_rule("/", "upload_form", upload_form, methods=["POST"])
     app.add_url_rule("/upload", "upload", upload, methods=["POST"])
@@ -615,6 +700,7 @@ def create_app(overrides=None):
     app.register_error_handler(UnreadableScan, show_unreadable)
     app.after_request(add_headers)
     app.cli.add_command(classify_command)
+    app.cli.add_command(benchmark_command)
     return app
 
 
@@ -639,23 +725,19 @@ def receive():
     most = current_app.config["MAX_FILES"]
     if len(files) > most:
         abort(400, f"{len(files)} files were sent, but at most {most} are read at once.")
-    if not current_app.places.acquire(blocking=False):
-        abort(503, "The server is busy with other scans; try again in a few seconds.", retry_after=5)
-    try:
+    waiting = current_app.queue
+    with waiting.places(len(files)):
         scans = []
         for file in files:
             left = current_app.config["MAX_SCANS"] - len(scans)
             scans += read_scans(file.read(), file.filename, current_app.config["MAX_PIXELS"], left)
-        findings = current_app.classifier.classify(scans)
-        sweep(uploads_folder(), current_app.config["RETENTION_HOURS"])
-        return save(uploads_folder(), scans, findings, model_summary())
-    finally:
-        current_app.places.release()
+        with waiting.places(len(scans) - len(files), sure=True):  # the further pages of a TIFF
+            findings = current_app.classifier.classify(scans)
+            return save(uploads_folder(), scans, findings, model_summary())
 
 
 def index():
     """GET /: the form."""
-    sweep(uploads_folder(), current_app.config["RETENTION_HOURS"])
     return render_template("index.html")
 
 
@@ -796,3 +878,115 @@ def classify_command(paths):
     findings = current_app.classifier.classify(scans)
     entries = [scan_entry("", n, *each) for n, each in enumerate(zip(scans, findings))]
     click.echo(as_csv({"scans": entries, "model": model_summary()}), nl=False)
+
+
+@click.command("benchmark")
+@click.argument("path", metavar="[SCAN]", required=False, type=click.Path(True, dir_okay=False, path_type=pathlib.Path))
+@click.option("--rounds", default=50, show_default=True, help="Times that each part is timed.")
+@click.option("--scans", default=1000, show_default=True, help="Sent one by one, to see whether memory grows.")
+@with_appcontext
+def benchmark_command(path, rounds, scans):
+    """Time this machine with SCAN, or with a drawn one of 512 x 512 pixels.
+
+    Starts a server of its own, on loopback, with this app's model and settings.
+    """
+    import psutil
+
+    data, classifier = path.read_bytes() if path else drawn_head(), current_app.classifier
+    click.echo(f"{classifier.engine}, {current_app.config['THREADS']} threads, model {classifier.sha256[:12]}")
+    with tempfile.TemporaryDirectory() as folder:
+        parts = parts_of_an_upload(classifier, data, pathlib.Path(folder))
+        with own_server(folder) as (process, address):
+            send = sender(address, data)
+            click.echo(f"start to first answer {wait_for(send):20.2f} s")
+            times = timed({"one upload, end to end": send} | parts, rounds)
+            floor = np.median(times["bare interpreter"])
+            for name, seconds in times.items():
+                p50, p95 = np.quantile(seconds, (0.5, 0.95))
+                ratio = f"   {p50 / floor:.2f} x the bare interpreter" if name.startswith("one") else ""
+                click.echo(f"{name:24} p50 {1000 * p50:6.1f}   p95 {1000 * p95:6.1f} ms{ratio}")
+            batch = read_scans(data, "scan") * 64
+            seconds = timed({"batch": lambda: classifier.classify(batch)}, min(rounds, 3))["batch"]
+            click.echo(f"64 scans at once {64 / np.median(seconds):25.1f} scans a second")
+            memory = psutil.Process(process.pid).memory_info
+            before = memory().rss / 2**20
+            for _ in range(scans):
+                send()
+            click.echo(f"memory, after {scans} more {before:12.1f}, {memory().rss / 2**20:.1f} MiB")
+
+
+def drawn_head(side=512):
+    """A JPEG of an oval with soft spots: no scan, but as much work as one."""
+    spots = np.random.default_rng(1).integers(20, 200, (9, 9), dtype=np.uint8)
+    head, oval = Image.new("L", (side, side)), Image.new("L", (side, side))
+    ImageDraw.Draw(oval).ellipse((side // 6, side // 10, side - side // 6, side - side // 10), fill=255)
+    head.paste(Image.fromarray(spots).resize((side, side), Image.Resampling.BICUBIC), mask=oval)
+    file = io.BytesIO()
+    head.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def parts_of_an_upload(classifier, data, folder):
+    """{name: function} of the parts of an upload, in order, the heatmap's drawing and the bare network."""
+    (scan, *_) = read_scans(data, "scan")
+    prepared = prepare(scan.pixels)[None]
+    outputs = classifier.infer(prepared)
+    finding = classifier.finding(None, outputs["probabilities"][0], outputs["heat"][0])  # whether or not it is rejected
+    kept = folder / save(folder, [scan], [finding], {})["id"] / "0"
+    return {
+        "  decode": lambda: read_scans(data, "scan"),
+        "  prepare": lambda: prepare(scan.pixels),
+        "  network and verdict": lambda: classifier.classify([scan]),
+        "  store": lambda: save(folder, [scan], [finding], {}),
+        "heatmap, when asked for": lambda: heatmap_of(kept),
+        "bare interpreter": lambda: classifier.infer(prepared),
+    }
+
+
+@contextlib.contextmanager
+def own_server(folder, source=__file__):
+    """`flask run` of an app as a process, results in `folder`, and its address; ended on leaving."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {f"FLASK_{name}": str(current_app.config[name]) for name in DEFAULTS} | {"FLASK_UPLOADS": folder}
+    command = [sys.executable, "-m", "flask", "--app", str(source), "run", "--port", str(port)]
+    process = subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield process, f"http://127.0.0.1:{port}/upload"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def sender(address, data):
+    """A function that sends a scan to `address` and waits for the answer."""
+    boundary, body = encode_multipart({"file": FileStorage(io.BytesIO(data), "scan")})
+    kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    return lambda: urllib.request.urlopen(urllib.request.Request(address, body, kind)).read()
+
+
+def wait_for(send, patience=60):
+    """Seconds until send() was answered; raises ClickException after `patience` seconds."""
+    start = time.monotonic()
+    while time.monotonic() < start + patience:
+        try:
+            send()
+            return time.monotonic() - start
+        except urllib.error.HTTPError as error:
+            raise click.ClickException(f"The server answered {error.code} {error.reason}.") from None
+        except urllib.error.URLError:  # it does not listen yet
+            time.sleep(0.01)
+    raise click.ClickException(f"The server gave no answer within {patience} seconds; does `flask run` start?")
+
+
+def timed(functions, rounds):
+    """{name: seconds (rounds,)} of functions that are called in turn, so that all meet the same machine."""
+    seconds = {name: [] for name in functions}
+    for n in range(rounds + 1):  # the first round does not count
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if n:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds

@@ -99,3 +99,9 @@ def real_scans(card):
 def card():
     """The shipped model's card."""
     return json.loads(web.read_archive(ROOT / "model.keras")["card.json"])
+
+
+@pytest.fixture(scope="session")
+def classifier():
+    """The shipped model, loaded once for all tests that only read."""
+    return web.Classifier(ROOT / "model.keras", threads=2)

@@ -16,11 +16,6 @@ from app import Classifier, Finding, ModelError, Scan, judge, most_probable, pre
 MODEL = ROOT / "model.keras"
 
 
-@pytest.fixture(scope="module")
-def classifier():
-    return Classifier(MODEL, threads=2)
-
-
 def repack(target, change):
     """Copy the shipped archive to `target` with members changed: {name: bytes, or None to leave out}."""
     with zipfile.ZipFile(MODEL) as source, zipfile.ZipFile(target, "w") as copy:
