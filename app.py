@@ -29,6 +29,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import click
 import numpy as np
@@ -46,6 +47,7 @@ from flask import (
 )
 from flask.cli import with_appcontext
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from scipy import ndimage
 from werkzeug.datastructures import FileStorage
 from werkzeug.exceptions import HTTPException, InternalServerError, RequestEntityTooLarge
 from werkzeug.test import encode_multipart
@@ -112,9 +114,24 @@ class Scan:
     file: str
     slice: int = 0
     plane: str | None = None
+    size: tuple[int, int] | None = None  # width and height as sent
     window: tuple[float, float] | None = None  # the stored values shown as black and as white
     colour: float = 0.0  # mean distance between the largest and smallest of R, G, B; 0 to 255
+    checks: tuple["Check", ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def box(self):
+        """Where the head is: head_box() of the pixels."""
+        return head_box(self.pixels)
+
+
+class Check(NamedTuple):
+    """Something that the picture was looked at for, whether it is well, and what was found."""
+
+    name: str
+    passed: bool
+    says: str
 
 
 def read_scans(
@@ -161,8 +178,7 @@ def read_page(image, page, name, max_pixels):
         pixels, window, colour = grey(ImageOps.exif_transpose(image))
     except Exception:  # decoding happens here
         raise damaged(name) from None
-    scan = Scan(shrink(pixels), name, page, window=window, colour=colour)
-    return replace(scan, warnings=tuple(quality_warnings(scan, min(image.size))))
+    return checked(Scan(shrink(pixels), name, page, size=image.size, window=window, colour=colour))
 
 
 def check_size(size, name, max_pixels):
@@ -202,14 +218,53 @@ def shrink(pixels):
     return np.asarray(picture)
 
 
-def quality_warnings(scan, smallest_side):
-    """Yield what a reader of the answer should know about the picture, in plain words."""
-    if smallest_side < 128:
-        yield f"The picture is small ({smallest_side} pixels); details may be lost."
-    if contrast(scan.pixels) < 40:
-        yield "The contrast is low; the answer may be unreliable."
-    if scan.colour > 4:
-        yield "The picture is in colour; it was turned to grey."
+def checked(scan):
+    """The scan with its quality checks, and a warning for each that it failed."""
+    checks = tuple(quality_checks(scan))
+    return replace(scan, checks=checks, warnings=scan.warnings + tuple(c.says for c in checks if not c.passed))
+
+
+def quality_checks(scan):
+    """Yield a Check for each thing that a reader of the answer should know about the picture."""
+    width, height = scan.size
+    small, flat = min(scan.size) < 128, contrast(scan.pixels) < 40
+    coloured, marked = scan.colour > 4, marks_beside(scan.pixels) >= 3
+    yield Check("Size", not small, f"The picture is small ({min(scan.size)} pixels); details may be lost."
+                if small else f"{width} x {height} pixels")  # fmt: skip
+    yield Check("Contrast", not flat, "The contrast is low; the answer may be unreliable."
+                if flat else f"{contrast(scan.pixels)} of 255 levels of grey")  # fmt: skip
+    yield Check("Colour", not coloured, "The picture is in colour; it was turned to grey."
+                if coloured else "greyscale")  # fmt: skip
+    yield Check("Text", not marked, "There is text or a scale beside the head; see that it names nobody."
+                if marked else "none seen beside the head")  # fmt: skip
+
+
+def marks_beside(pixels):
+    """How many bright marks of a letter's height stand in the background beside the head.
+
+    The head is the largest connected piece that differs from the margin, filled up to its outline.
+    """
+    step = max(1, -(-max(pixels.shape) // 320))
+    h, w = (n // step for n in pixels.shape)
+    small = pixels[: h * step, : w * step].reshape(h, step, w, step).max((1, 3)).astype(np.int16)
+    margin = np.concatenate([small[:3].ravel(), small[-3:].ravel(), small[:, :3].ravel(), small[:, -3:].ravel()])
+    difference = np.abs(small - np.median(margin))
+    pieces, count = ndimage.label(difference > max(25, 0.15 * np.percentile(difference, 99)), np.ones((3, 3)))
+    if count < 2:
+        return 0
+    head = pieces == 1 + np.bincount(pieces.ravel())[1:].argmax()
+    outside = ~ndimage.binary_dilation(spans(head) | spans(head.T).T, iterations=4)
+    letters = 0
+    for number, place in enumerate(ndimage.find_objects(pieces), 1):
+        piece, (rows, columns) = pieces[place] == number, (p.stop - p.start for p in place)
+        of_size = 0.01 * max(h, w) <= rows <= 0.1 * max(h, w) and columns <= 0.25 * w
+        letters += bool(of_size and outside[place][piece].all() and difference[place][piece].max() > 90)
+    return letters
+
+
+def spans(mask):
+    """A mask (H, W) with every row filled from its first to its last pixel."""
+    return np.maximum.accumulate(mask, 1) & np.maximum.accumulate(mask[:, ::-1], 1)[:, ::-1]
 
 
 def contrast(pixels):
@@ -241,16 +296,16 @@ def head_box(pixels):
     return int(xs[0]), int(ys[0]), int(x1), int(y1)
 
 
-def prepare(pixels: np.ndarray) -> np.ndarray:
+def prepare(pixels: np.ndarray, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
     """What the network sees of a scan: uint8 (224, 224, 3), three equal channels.
 
     Cropped to the head, stretched to the full range of grey but for 1 % at each end, resized
-    with its aspect ratio kept and padded with black. Training and serving both call this.
-    Raises ValueError unless `pixels` is uint8 (H, W).
+    with its aspect ratio kept and padded with black. Training and serving both call this. `box`
+    is head_box() of the pixels, where it is known. Raises ValueError unless `pixels` is uint8 (H, W).
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 2:
         raise ValueError(f"expected uint8 pixels (H, W), got {pixels.dtype} {pixels.shape}")
-    x0, y0, x1, y1 = head_box(pixels)
+    x0, y0, x1, y1 = box or head_box(pixels)
     head = ImageOps.autocontrast(Image.fromarray(pixels[y0:y1, x0:x1]), cutoff=1)
     square = ImageOps.pad(head, (SIDE, SIDE), Image.Resampling.BILINEAR)
     return np.repeat(np.asarray(square)[..., None], 3, axis=2)
@@ -355,7 +410,7 @@ class Classifier:
 
     def classify_one(self, scan, infer):
         """The Finding for a scan, through infer(), or infer_beside() for one of many."""
-        prepared = prepare(scan.pixels)
+        prepared = prepare(scan.pixels, scan.box)
         outputs = {name: values[0] for name, values in infer(prepared[None]).items()}
         reason = self.why_rejected(scan, prepared, outputs.get("embedding"))
         return self.finding(reason, outputs["probabilities"], outputs.get("heat"))
@@ -547,6 +602,11 @@ def scan_entry(upload_id, n, scan, finding):
         "probabilities": probabilities,
         "reason": finding.reason,
         "warnings": list(scan.warnings),
+        "checks": [check._asdict() for check in scan.checks],
+        "size": scan.size,
+        "kept": scan.pixels.shape[::-1],
+        "crop": scan.box,
+        "window": scan.window,
         "scan": f"{address}/scan.png",
         "heatmap": None if finding.heat is None else f"{address}/heatmap.png",
     }
@@ -689,9 +749,11 @@ def create_app(overrides=None):
     app.add_url_rule("/", "upload_form", upload_form, methods=["POST"])
     app.add_url_rule("/upload", "upload", upload, methods=["POST"])
     app.add_url_rule("/results/<upload_id>", "result_page", result_page)
+    app.add_url_rule("/results/<upload_id>/<int:n>", "scan_page", scan_page)
     app.add_url_rule("/results/<upload_id>.json", "result_json", result_json)
     app.add_url_rule("/results/<upload_id>.csv", "result_csv", result_csv)
     app.add_url_rule("/results/<upload_id>/<int:n>/scan.png", "scan_picture", scan_picture)
+    app.add_url_rule("/results/<upload_id>/<int:n>/thumbnail.png", "thumbnail", thumbnail)
     app.add_url_rule("/results/<upload_id>/<int:n>/heatmap.png", "heatmap", heatmap)
     app.add_url_rule("/results/<upload_id>/delete", "delete", delete, methods=["POST"])
     app.add_url_rule("/model", "model_page", model_page)
@@ -761,8 +823,43 @@ def load_result(upload_id):
 
 
 def result_page(upload_id):
-    """GET /results/<id>: the answer for people."""
-    return render_template("result.html", result=load_result(upload_id), card=current_app.classifier.card)
+    """GET /results/<id>: the answer for people; of several scans a table, the most suspicious first."""
+    result = load_result(upload_id)
+    if len(result["scans"]) == 1:
+        return render_scan(result, 0)
+    ranked = sorted(enumerate(result["scans"]), key=lambda entry: -(entry[1]["tumor_probability"] or 0))
+    return render_template("results.html", result=result, ranked=ranked, card=current_app.classifier.card)
+
+
+def scan_page(upload_id, n):
+    """GET /results/<id>/<n>: the answer for scan n of several."""
+    result = load_result(upload_id)
+    if n >= len(result["scans"]):
+        abort(404, "There is no such scan in this result.")
+    return render_scan(result, n)
+
+
+def render_scan(result, n):
+    """The page of scan n of a result."""
+    card, scan = current_app.classifier.card, result["scans"][n]
+    p = scan["tumor_probability"]
+    place = None if p is None else on_scale(p, **card["thresholds"])
+    return render_template("result.html", result=result, scan=scan, n=n, place=place, card=card, meaning=meaning(card))
+
+
+def on_scale(p, low, high):
+    """Where a probability lies on a scale of three equal parts that meet at the thresholds, 0 to 1."""
+    return float(np.interp(p, (0, low, high, 1), (0, 1 / 3, 2 / 3, 1)))
+
+
+def meaning(card, people=1000, ill=10):
+    """What an answer means where few have a tumor, worked out from the card; None if it has no figures."""
+    figure = card.get("figures", {}).get("Tumor against none", {}).get("sensitivity at 95 % specificity")
+    if figure is None:
+        return None
+    found, alarmed = ill * figure["value"], 0.05 * (people - ill)
+    return {"people": people, "ill": ill, "found": found, "alarmed": alarmed,
+            "right": found / (found + alarmed), "missed": (ill - found) / (people - found - alarmed)}  # fmt: skip
 
 
 def result_json(upload_id):
@@ -779,6 +876,15 @@ def result_csv(upload_id):
 def scan_picture(upload_id, n):
     """GET /results/<id>/<n>/scan.png"""
     return send_file(found_picture(upload_id, n, "scan.png") / "scan.png")
+
+
+def thumbnail(upload_id, n):
+    """GET /results/<id>/<n>/thumbnail.png: the scan, at most 96 pixels a side."""
+    with Image.open(found_picture(upload_id, n, "scan.png") / "scan.png") as picture:
+        picture.thumbnail((96, 96), Image.Resampling.BILINEAR)
+        png = io.BytesIO()
+        picture.save(png, "PNG", **FAST_PNG)
+    return Response(png.getvalue(), mimetype="image/png")
 
 
 def heatmap(upload_id, n):
@@ -802,7 +908,19 @@ def delete(upload_id):
 
 def model_page():
     """GET /model: what the model was trained on and how well it did."""
-    return render_template("model.html", card=current_app.classifier.card, model=model_summary())
+    card = current_app.classifier.card
+    return render_template("model.html", card=card, model=model_summary(), mistakes=mistakes(card))
+
+
+def mistakes(card, most=3):
+    """The commonest mistakes on the test part: (truth, answer, scans, share of the truth's scans)."""
+    counted = [
+        (truth, answer, count, count / sum(row))
+        for truth, row in card.get("confusion", {}).items()
+        for answer, count in zip(card["labels"], row)
+        if count and answer != truth
+    ]
+    return sorted(counted, key=lambda mistake: -mistake[3])[:most]
 
 
 def healthz():

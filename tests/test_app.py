@@ -5,14 +5,16 @@ import io
 import json
 import os
 import pathlib
+import re
 import time
 
 import numpy as np
 import pytest
-from conftest import encode, make_app, phantom
+from conftest import ROOT, encode, make_app, phantom
+from flask import abort
 from PIL import Image
 
-from app import create_app
+from app import create_app, on_scale
 
 SCAN = encode(phantom(1, lesion=True), "JPEG")
 
@@ -62,8 +64,55 @@ def test_the_form_leads_to_a_page_with_the_answer(client, send):
     response = send((SCAN, "scan.jpg"), to="/")
     assert response.status_code == 303
     page = client.get(response.location).text
-    for text in ("Probability of a tumor", "risk <strong>", "heatmap.png", "scan.jpg", "meningioma"):
+    for text in ("Probability of a tumor", "risk <strong>", "heatmap.png", "scan.jpg", "meningioma",
+                 "256 x 256 pixels", "none seen beside the head", "The head: columns", "class=\"marker\""):
         assert text in page
+
+
+def test_the_page_says_what_an_answer_is_worth_where_tumors_are_rare(client, result, card):
+    """Worked out by hand: of 1,000 people 10 have a tumor; 5 % of the other 990 are alarmed for nothing."""
+    found = 10 * card["figures"]["Tumor against none"]["sensitivity at 95 % specificity"]["value"]
+    page = client.get(f"/results/{result['id']}").text
+    assert f"would find {found:.1f} and alarm 50 for nothing" in page
+    assert f"{100 * found / (found + 49.5):.1f} % of its alarms would be right" in page
+
+
+def test_many_scans_are_a_table_with_the_most_suspicious_first(client, send):
+    files = [(encode(phantom(seed, lesion=seed == 2)), f"slice_{seed}.png") for seed in range(4)]
+    result = send(*files, (encode(np.zeros((64, 64), np.uint8)), "blank.png")).get_json()
+    page = client.get(f"/results/{result['id']}").text
+    shown = re.findall(r'class="file"[^>]*>([^<]+)<', page)
+    probabilities = {scan["file"]: scan["tumor_probability"] for scan in result["scans"]}
+    assert sorted(shown) == sorted(probabilities) and shown[-1] == "blank.png"
+    assert [probabilities[name] for name in shown[:-1]] == sorted(filter(None, probabilities.values()), reverse=True)
+    assert page.count("<rect") == 4
+
+
+def test_each_of_many_scans_has_its_page_and_thumbnail(client, send):
+    result = send((SCAN, "a.jpg"), (encode(phantom(2)), "b.png")).get_json()
+    page = client.get(f"/results/{result['id']}/1").text
+    assert "b.png" in page and 'rel="prev"' in page and 'rel="next"' not in page
+    assert picture_at(client, f"/results/{result['id']}/1/thumbnail.png").size == (96, 96)
+    assert client.get(f"/results/{result['id']}/2").status_code == 404
+
+
+@pytest.mark.parametrize("p, place", [(0, 0), (0.1, 1 / 3), (0.5, 0.5), (0.9, 2 / 3), (1, 1)])
+def test_the_risk_scale_has_three_equal_parts(p, place):
+    assert on_scale(p, 0.1, 0.9) == pytest.approx(place)
+
+
+@pytest.mark.parametrize("code", [400, 404, 413, 415, 500, 503])
+def test_every_error_is_a_page_with_one_sentence_and_a_way_on(app, code):
+    app.testing = False
+    app.add_url_rule("/fails", view_func=lambda: abort(code, "One sentence."))
+    page = app.test_client().get("/fails").text
+    assert f"Error {code}" in page and "Read another scan" in page and page.count("<h1>") == 1
+
+
+def test_a_page_without_pictures_weighs_less_than_60_kb(client, result):
+    shared = sum((ROOT / "static" / name).stat().st_size for name in ("style.css", "app.js", "icon.svg"))
+    for path in ("/", "/model", f"/results/{result['id']}"):
+        assert shared + len(client.get(path).data) < 60_000
 
 
 def test_several_files_are_one_result_in_order(send):

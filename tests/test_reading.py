@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 from conftest import encode, phantom
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from app import SIDE, UnreadableScan, head_box, heat_levels, prepare, read_scans
 
@@ -96,6 +96,21 @@ def test_a_bad_file_gets_one_sentence(data, status, sentence):
 ])
 def test_a_doubtful_picture_carries_a_warning(picture, warning):
     assert read_scans(encode(picture), "scan")[0].warnings == (warning,)
+
+
+@pytest.mark.parametrize("side, points", [(256, 9), (256, 16), (512, 12), (512, 24), (1024, 24)])
+def test_text_beside_the_head_is_warned_of(side, points):
+    picture = Image.fromarray(phantom(3, side=side))
+    font = ImageFont.load_default(points)
+    ImageDraw.Draw(picture).text((6, 6), "DOE JOHN\n1950-01-01", fill=255, font=font)
+    (scan,) = read_scans(encode(np.asarray(picture)), "scan")
+    assert scan.warnings == ("There is text or a scale beside the head; see that it names nobody.",)
+
+
+def test_the_checks_say_what_was_looked_at():
+    (scan,) = read_scans(encode(phantom(side=300)), "scan")
+    assert [check.name for check in scan.checks] == ["Size", "Contrast", "Colour", "Text"]
+    assert all(check.passed for check in scan.checks) and scan.checks[0].says == "300 x 300 pixels"
 
 
 def test_a_good_picture_carries_no_warning():
