@@ -5,11 +5,14 @@ in which data flows: settings, reading, classifier, store, pages, commands. Not 
 """
 
 import contextlib
+import copy
 import csv
 import datetime
 import hashlib
 import io
 import json
+import logging
+import math
 import os
 import pathlib
 import queue
@@ -24,15 +27,20 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
 import click
 import numpy as np
+import psutil
 from flask import (
     Flask,
     Response,
@@ -59,10 +67,13 @@ HERE = pathlib.Path(__file__).parent
 DEFAULTS = {
     "MODEL": str(HERE / "model.keras"),
     "UPLOADS": str(HERE / "uploads"),
-    "MAX_CONTENT_LENGTH": 32 * 1024 * 1024,  # bytes of one request
-    "MAX_FILES": 32,  # of one request
-    "MAX_SCANS": 256,  # in the files of one request
+    "MAX_CONTENT_LENGTH": 64 * 1024 * 1024,  # bytes of one request
+    "MAX_FILES": 1000,  # of one request, and in one ZIP
+    "MAX_SCANS": 1000,  # in the files of one request
     "MAX_PIXELS": 50_000_000,  # pixels of one picture, before it is decoded
+    "MAX_UNPACKED": 512 * 1024 * 1024,  # bytes of a ZIP or a .nii.gz, unpacked
+    "MAX_AT_ONCE": 16,  # scans of an upload that is answered at once; a larger one is answered while one watches
+    "MAX_STUDIES": 4,  # of these larger ones that wait
     "MAX_WAITING": 16,  # scans at work or waiting for the network; once it is reached: 503
     "RETENTION_HOURS": 24.0,
     "THREADS": os.cpu_count() or 1,
@@ -94,8 +105,9 @@ SIDE = 224  # pixels the network sees, across and down
 KEPT_SIDE = 1024  # a larger picture is reduced to this; the network sees less anyway
 SMALLEST_SIDE = 32
 KINDS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-ACCEPTED = "a JPEG, PNG, WEBP, BMP or TIFF picture"
-Image.MAX_IMAGE_PIXELS = None  # read_scans() looks at the size itself, before it decodes
+ACCEPTED = "a DICOM, NIfTI, JPEG, PNG, WEBP, BMP or TIFF file, or a ZIP of them"
+PLANES = ("sagittal", "coronal", "axial")  # across the patient's x, y and z
+Image.MAX_IMAGE_PIXELS = None  # check_size() looks at the size, before anything is decoded
 
 
 class UnreadableScan(ValueError):
@@ -106,24 +118,16 @@ class UnreadableScan(ValueError):
         self.status = status
 
 
-@dataclass(frozen=True)
-class Scan:
-    """One greyscale picture: pixels uint8 (H, W), where it came from, warnings in plain words."""
+class Limits(NamedTuple):
+    """How much may be read: pixels of a picture, scans and files in all, bytes unpacked."""
 
-    pixels: np.ndarray
-    file: str
-    slice: int = 0
-    plane: str | None = None
-    size: tuple[int, int] | None = None  # width and height as sent
-    window: tuple[float, float] | None = None  # the stored values shown as black and as white
-    colour: float = 0.0  # mean distance between the largest and smallest of R, G, B; 0 to 255
-    checks: tuple["Check", ...] = ()
-    warnings: tuple[str, ...] = ()
+    pixels: int = DEFAULTS["MAX_PIXELS"]
+    scans: int = DEFAULTS["MAX_SCANS"]
+    files: int = DEFAULTS["MAX_FILES"]
+    unpacked: int = DEFAULTS["MAX_UNPACKED"]
 
-    @cached_property
-    def box(self):
-        """Where the head is: head_box() of the pixels."""
-        return head_box(self.pixels)
+
+LIMITS = Limits()
 
 
 class Check(NamedTuple):
@@ -134,27 +138,105 @@ class Check(NamedTuple):
     says: str
 
 
-def read_scans(
-    data: bytes, name: str, max_pixels: int = DEFAULTS["MAX_PIXELS"], max_scans: int = DEFAULTS["MAX_SCANS"]
-) -> list[Scan]:
-    """The scans in one file: one for a still picture, one a page for a TIFF.
+@dataclass(frozen=True)
+class Scan:
+    """One greyscale picture: pixels uint8 (H, W), where it came from, warnings in plain words."""
+
+    pixels: np.ndarray
+    file: str
+    slice: int = 0
+    series: str | None = None  # of a study, "1", "2", …; until arranged() a hash of the series' identifier
+    plane: str | None = None
+    size: tuple[int, int] | None = None  # width and height as sent
+    window: tuple[float, float] | None = None  # the stored values shown as black and as white
+    colour: float = 0.0  # mean distance between the largest and smallest of R, G, B; 0 to 255
+    position: float = 0.0  # along the series, in mm where the file says so
+    signal: float = 0.0  # range of the stored values, to be compared within a series
+    identifiers: dict[str, str] | None = None  # of the study; kept only if the sender asks for it
+    checks: tuple[Check, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def box(self):
+        """Where the head is: head_box() of the pixels."""
+        return head_box(self.pixels)
+
+
+def read_scans(data: bytes, name: str, limits: Limits = LIMITS, plane: str | None = None) -> list[Scan]:
+    """The scans in one file: one for a still picture, one a page, frame or slice for the rest.
 
     The kind is told from the content, never from the name, of which only the last part is kept.
-    Raises UnreadableScan, with a sentence for the sender, for anything else.
+    `plane` is that of the slices of a NIfTI volume: one of PLANES, "all", or None for the one in
+    which it was acquired. Raises UnreadableScan, with a sentence for the sender.
     """
-    name = plain_name(name)
-    if not data:
-        raise UnreadableScan(f"{name} is empty; choose the file again.", 400)
-    try:
-        image = Image.open(io.BytesIO(data), formats=KINDS)
-        pages = image.n_frames if image.format == "TIFF" else 1
-    except UnidentifiedImageError:
-        raise UnreadableScan(f"{name} is not {ACCEPTED}; export the scan as one of these.") from None
-    except Exception:  # Pillow's parsers raise nearly anything on damaged headers
-        raise damaged(name) from None
-    if pages > max_scans:
-        raise UnreadableScan(f"{name} has {pages} pages, but only {max_scans} more scans are allowed; send fewer.", 413)
-    return [read_page(image, page, name, max_pixels) for page in range(pages)]
+    return read_upload([(name, data)], limits, plane)[0]
+
+
+def read_upload(files, limits=LIMITS, plane=None):
+    """The scans in files (name, bytes), series by series in order, and {what: how many} were skipped.
+
+    What is no scan is skipped in a ZIP and among the files of a study; else it raises UnreadableScan.
+    """
+    scans, excuses, skipped = [], [], Counter()
+    for name, data in unpacked(files, limits):
+        left = limits._replace(scans=limits.scans - len(scans))
+        try:
+            scans += read_file(data, plain_name(name), left, plane)
+        except UnreadableScan as excuse:
+            if excuse.status == 413:
+                raise
+            excuses.append(excuse)
+    if excuses and (not scans or not any(scan.series for scan in scans) and not any(is_zip(data) for _, data in files)):
+        raise excuses[0]
+    if excuses:
+        skipped["files that are no scans"] = len(excuses)
+    return arranged(scans, skipped), dict(skipped)
+
+
+def unpacked(files, limits):
+    """Yield (name, bytes) of files, those in a ZIP one by one; raises UnreadableScan at the limits."""
+    for name, data in files:
+        if not is_zip(data):
+            yield name, data
+            continue
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                yield from members(archive, plain_name(name), limits)
+        except UnreadableScan:
+            raise
+        except Exception:  # zipfile raises nearly anything on an archive that lies, and for a password
+            raise damaged(plain_name(name)) from None
+
+
+def members(archive, name, limits):
+    """Yield (name, bytes) of what a ZIP holds, folders and what Macs leave there left out."""
+    inside = [member for member in archive.infolist() if not member.is_dir() and not is_litter(member.filename)]
+    if len(inside) > limits.files:
+        raise UnreadableScan(f"{name} holds {len(inside)} files, but at most {limits.files} are read.", 413)
+    if not inside:
+        raise UnreadableScan(f"{name} is an empty ZIP; pack the scans into it.")
+    left = limits.unpacked
+    for member in inside:
+        with archive.open(member) as file:
+            data = file.read(left + 1)
+        left -= len(data)
+        if left < 0:
+            raise too_much(name, limits)
+        yield member.filename, data
+
+
+def is_zip(data):
+    return data[:4] in (b"PK\x03\x04", b"PK\x05\x06")  # the second one holds nothing
+
+
+def is_litter(path):
+    """Whether a path in a ZIP is a system's own: hidden, or of __MACOSX."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+
+
+def too_much(name, limits):
+    most = limits.unpacked // 2**20
+    return UnreadableScan(f"{name} is larger than {most} MB when unpacked; send it in parts.", 413)
 
 
 def plain_name(name):
@@ -167,46 +249,110 @@ def damaged(name):
     return UnreadableScan(f"{name} is damaged or cut off; export it again.")
 
 
-def read_page(image, page, name, max_pixels):
+def read_file(data, name, limits, plane):
+    """The scans of one file that is no ZIP."""
+    if not data:
+        raise UnreadableScan(f"{name} is empty; choose the file again.", 400)
+    data = gunzipped(data, name, limits)
+    if data[128:132] == b"DICM" or data[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x08") and b"\x00" in data[2:4]:
+        scans = read_dicom(data, name, limits)
+    elif data[344:347] == b"n+1" or data[4:7] == b"n+2":
+        scans = read_nifti(data, name, limits, plane)
+    else:
+        scans = read_picture(data, name, limits)
+    return [checked(scan) for scan in scans]
+
+
+def gunzipped(data, name, limits):
+    """What a gzip file holds, and any other file as it is."""
+    if data[:2] != b"\x1f\x8b":
+        return data
+    unzip = zlib.decompressobj(31)
+    try:
+        inside = unzip.decompress(data, limits.unpacked + 1)
+    except zlib.error:
+        raise damaged(name) from None
+    if len(inside) > limits.unpacked:
+        raise too_much(name, limits)
+    if not unzip.eof:
+        raise damaged(name)
+    return inside
+
+
+def check_count(count, what, name, limits):
+    """Raise UnreadableScan for more pages, frames or slices than may be read."""
+    if count > limits.scans:
+        raise UnreadableScan(
+            f"{name} has {count} {what}, but only {limits.scans} more scans are allowed; send fewer.", 413)
+
+
+def check_size(size, name, limits):
+    """Raise UnreadableScan for a picture (width, height) that is too large to decode or too small."""
+    shape = f"{name} has {size[0]} x {size[1]} pixels"
+    if size[0] * size[1] > limits.pixels:
+        raise UnreadableScan(f"{shape}, more than the {limits.pixels:,} allowed; send it smaller.", 413)
+    if min(size) < SMALLEST_SIDE:
+        raise UnreadableScan(f"{shape}, but a scan needs at least {SMALLEST_SIDE} x {SMALLEST_SIDE}.")
+
+
+# Pictures
+
+
+def read_picture(data, name, limits):
+    """The pages of a still picture as scans."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=KINDS)
+        pages = image.n_frames if image.format == "TIFF" else 1
+    except UnidentifiedImageError:
+        raise UnreadableScan(f"{name} is not {ACCEPTED}; export the scan as one of these.") from None
+    except Exception:  # Pillow's parsers raise nearly anything on damaged headers
+        raise damaged(name) from None
+    check_count(pages, "pages", name, limits)
+    return [read_page(image, page, name, limits) for page in range(pages)]
+
+
+def read_page(image, page, name, limits):
     """Page `page` of an open picture as a Scan; raises UnreadableScan if it cannot be one."""
     try:
         image.seek(page)
     except Exception:  # as above: truncated, lying and mutated files
         raise damaged(name) from None
-    check_size(image.size, name, max_pixels)
+    check_size(image.size, name, limits)
     try:
         pixels, window, colour = grey(ImageOps.exif_transpose(image))
     except Exception:  # decoding happens here
         raise damaged(name) from None
-    return checked(Scan(shrink(pixels), name, page, size=image.size, window=window, colour=colour))
-
-
-def check_size(size, name, max_pixels):
-    """Raise UnreadableScan for a picture (width, height) that is too large to decode or too small."""
-    shape = f"{name} has {size[0]} x {size[1]} pixels"
-    if size[0] * size[1] > max_pixels:
-        raise UnreadableScan(f"{shape}, more than the {max_pixels:,} allowed; send it smaller.", 413)
-    if min(size) < SMALLEST_SIDE:
-        raise UnreadableScan(f"{shape}, but a scan needs at least {SMALLEST_SIDE} x {SMALLEST_SIDE}.")
+    return Scan(shrink(pixels), name, page, size=image.size, window=window, colour=colour)
 
 
 def grey(frame):
     """A Pillow picture as (pixels uint8 (H, W), window or None, colour 0 to 255).
 
-    More than 8 bits are scaled linearly from the 0.1th to the 99.9th percentile, so that one
-    hot pixel does not turn the head black. What is transparent becomes black.
+    More than 8 bits are stretched; what is transparent becomes black.
     """
     if frame.mode.startswith(("I", "F")):
-        values = np.nan_to_num(np.asarray(frame, np.float32))
-        low, high = np.percentile(values, (0.1, 99.9))
-        scaled = (values - low) / max(high - low, 1e-6) * 255
-        return scaled.clip(0, 255).astype(np.uint8), (float(low), float(high)), 0.0
+        return *stretched(np.asarray(frame, np.float32)), 0.0
     if frame.mode in ("1", "L"):
         return np.asarray(frame.convert("L")), None, 0.0
     opaque = Image.new("RGBA", frame.size, "black")
     opaque.alpha_composite(frame.convert("RGBA"))
     sample = np.asarray(opaque.convert("RGB").reduce(max(1, min(frame.size) // 128)), np.int16)
     return np.asarray(opaque.convert("L")), None, float(np.ptp(sample, axis=2).mean())
+
+
+def stretched(values):
+    """(pixels uint8, window) of values float (H, W), scaled linearly between two percentiles.
+
+    From the 0.1th to the 99.9th, so that one hot pixel does not turn the head black.
+    """
+    values = np.nan_to_num(values)
+    low, high = np.percentile(values, (0.1, 99.9))
+    return as_pixels(values, low, high), (float(low), float(high))
+
+
+def as_pixels(values, black, white):
+    """Values (H, W) as uint8, `black` and below as 0, `white` and above as 255."""
+    return ((values - black) / max(white - black, 1e-6) * 255).clip(0, 255).astype(np.uint8)
 
 
 def shrink(pixels):
@@ -216,6 +362,256 @@ def shrink(pixels):
     picture = Image.fromarray(pixels)
     picture.thumbnail((KEPT_SIDE, KEPT_SIDE), Image.Resampling.BILINEAR)
     return np.asarray(picture)
+
+
+def square(pixels, down, across):
+    """Pixels whose spacing is `down` and `across` (mm) resized so that both are the finer one."""
+    finer = min(down, across)
+    if not finer > 0 or max(down, across) / finer < 1.02:
+        return pixels
+    size = (round(pixels.shape[1] * across / finer), round(pixels.shape[0] * down / finer))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+
+
+# DICOM
+
+IDENTIFIERS = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyID",
+               "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName")  # fmt: skip
+HEADS = ("HEAD", "BRAIN", "SKULL", "PITUITARY", "ORBIT", "FACE", "IAC")
+
+
+def read_dicom(data, name, limits):
+    """The frames of a DICOM file as scans; of its header only what they look like, and no name or number."""
+    from pydicom import dcmread
+    from pydicom.pixels import pixel_array
+
+    try:
+        with quiet():
+            dataset = dcmread(io.BytesIO(data), force=True)
+            if "PixelData" not in dataset:
+                raise UnreadableScan(f"{name} is a DICOM file without a picture; send the images of the study.")
+            frames = int(dataset.get("NumberOfFrames") or 1)
+            size = int(dataset.Columns), int(dataset.Rows)
+            name_syntax(dataset)
+    except UnreadableScan:
+        raise
+    except Exception:  # pydicom raises nearly anything on a file that lies
+        raise damaged(name) from None
+    check_count(frames, "frames", name, limits)
+    check_size(size, name, limits)
+    try:
+        with quiet():
+            return [dicom_scan(pixel_array(dataset, index=n), dataset, n, name) for n in range(frames)]
+    except Exception:  # decoding happens here
+        syntax = dataset.file_meta.TransferSyntaxUID
+        if not syntax.is_encapsulated:
+            raise damaged(name) from None
+        raise UnreadableScan(f"{name} is compressed as {syntax.name} and cannot be decoded; "
+                             "export it uncompressed (Explicit VR Little Endian).") from None  # fmt: skip
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without the warnings of libraries about files that are not quite to their standard."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def name_syntax(dataset):
+    """Give a dataset without a file header the transfer syntax in which it was read."""
+    from pydicom import uid
+
+    if not dataset.file_meta.get("TransferSyntaxUID"):
+        implicit, little = dataset.original_encoding
+        explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
+
+
+def dicom_scan(frame, dataset, n, name):
+    """Frame n of a dataset, values (H, W) or (H, W, 3), as a Scan."""
+    header = frame_header(dataset, n)
+    pixels, window, colour = dicom_grey(frame, header)
+    plane, position = place_of(header, n)
+    uid = str(dataset.get("SeriesInstanceUID", ""))
+    down, across = (float(spacing) for spacing in header.get("PixelSpacing") or (1, 1))
+    return Scan(
+        shrink(square(pixels, down, across)),
+        name,
+        n,
+        series=hashlib.sha256(uid.encode()).hexdigest(),
+        plane=plane,
+        size=frame.shape[1::-1],
+        window=window,
+        colour=colour,
+        position=position,
+        signal=float(np.ptp(np.percentile(frame[::2, ::2], (1, 99)))),
+        identifiers={key: str(dataset.get(key, "")) for key in IDENTIFIERS},
+        warnings=tuple(dicom_warnings(dataset)),
+    )
+
+
+def frame_header(dataset, n):
+    """The dataset with what its functional groups say of frame n, those of all frames first."""
+    header = copy.copy(dataset)
+    for groups in (dataset.get("SharedFunctionalGroupsSequence"), dataset.get("PerFrameFunctionalGroupsSequence")):
+        if not groups:
+            continue
+        for element in groups[min(n, len(groups) - 1)]:
+            if element.VR == "SQ" and element.value:
+                header.update(element.value[0])
+    return header
+
+
+def dicom_grey(frame, header):
+    """(pixels uint8, window or None, colour) of a frame: palette, rescale, window and polarity applied."""
+    from pydicom.pixels import apply_color_lut, apply_modality_lut
+
+    if header.PhotometricInterpretation == "PALETTE COLOR":
+        frame = apply_color_lut(frame, header)
+    if frame.ndim == 3:
+        bits = 8 * frame.dtype.itemsize
+        return grey(Image.fromarray((frame >> (bits - 8)).astype(np.uint8)))
+    values = apply_modality_lut(frame, header)
+    pixels, window = windowed(values, header) or stretched(values.astype(np.float32))
+    if header.PhotometricInterpretation == "MONOCHROME1":
+        pixels = 255 - pixels
+    return pixels, window, 0.0
+
+
+def windowed(values, header):
+    """(pixels uint8, window or None) through the VOI LUT or window of the file.
+
+    None where there is none, or where it would hide what the values show.
+    """
+    from pydicom.pixels import apply_voi_lut
+
+    if header.get("VOILUTSequence"):
+        white = 2 ** header.VOILUTSequence[0].LUTDescriptor[2] - 1
+        pixels, window = as_pixels(apply_voi_lut(values.astype(np.int64), header), 0, white), None
+    elif header.get("WindowWidth"):
+        centre, width = (
+            float(value[0] if isinstance(value, Sequence) else value)
+            for value in (header.WindowCenter, header.WindowWidth)
+        )
+        black, white = apply_voi_lut(np.array([centre - 50 * width, centre + 50 * width]), header)
+        pixels = as_pixels(apply_voi_lut(values, header), black, white)
+        window = centre - width / 2, centre + width / 2
+    else:
+        return None
+    return None if contrast(pixels) < 10 else (pixels, window)
+
+
+def place_of(header, n):
+    """(plane or None, position in mm or the number) of a frame."""
+    try:
+        across, down = np.reshape([float(v) for v in header.ImageOrientationPatient], (2, 3))
+        normal = np.cross(across, down)
+        plane = PLANES[int(np.abs(normal).argmax())]
+        return plane, float(normal @ [float(v) for v in header.ImagePositionPatient])
+    except (AttributeError, ValueError, TypeError):
+        place = header.get("SliceLocation", header.get("InstanceNumber"))
+        return None, float(n if place is None else place)
+
+
+def dicom_warnings(dataset):
+    """Yield what the header says against reading the file as a brain MRI."""
+    modality, part = (str(dataset.get(key) or "").upper() for key in ("Modality", "BodyPartExamined"))
+    if modality and modality != "MR":
+        yield f"The file says that it is no MRI (modality {plain_name(modality)[:16]})."
+    if part and not any(head in part for head in HEADS):
+        yield f"The file says that it shows no head (body part {plain_name(part)[:16]})."
+    if str(dataset.get("BurnedInAnnotation")).upper() == "YES":
+        yield "The file says that text is burned into the picture; see that it names nobody."
+
+
+# NIfTI
+
+
+def read_nifti(data, name, limits, plane):
+    """The slices of a volume in its closest canonical orientation as scans, seen as radiologists see them."""
+    import nibabel
+
+    kind = nibabel.Nifti1Image if data[344:347] == b"n+1" else nibabel.Nifti2Image
+    try:
+        with quiet():
+            volume = nibabel.as_closest_canonical(kind.from_bytes(data))
+            shape, spacing = volume.shape[:3], [float(zoom) for zoom in volume.header.get_zooms()[:3]]
+            if len(shape) < 3:
+                raise ValueError("no volume")
+            several = math.prod(volume.shape[3:])
+            planes = PLANES if plane == "all" else [plane or PLANES[int(np.argmax(spacing))]]
+            check_count(sum(shape[PLANES.index(p)] for p in planes), "slices", name, limits)
+            for p in planes:
+                across, down = (n for axis, n in enumerate(shape) if axis != PLANES.index(p))
+                check_size((across, down), name, limits)
+            first = np.asarray(volume.dataobj[(..., *[0] * (len(volume.shape) - 3))], np.float32)
+    except UnreadableScan:
+        raise
+    except Exception:  # nibabel's parsers as Pillow's: sizes that lie, cut-off data
+        raise damaged(name) from None
+    warning = (f"The file holds {several} volumes; the first was read.",) if several > 1 else ()
+    series = secrets.token_hex()
+    return [
+        replace(scan, series=f"{series} {p}", warnings=warning)
+        for p in planes
+        for scan in slices_across(first, spacing, p, name)
+    ]
+
+
+def slices_across(volume, spacing, plane, name):
+    """Yield the slices of a volume (x, y, z) towards right, front and top as scans of one plane.
+
+    Rows run from the top or front down; the patient's right is on the left, the face on the left.
+    """
+    axis = PLANES.index(plane)
+    across, down = (spacing[n] for n in range(3) if n != axis)
+    for n in range(volume.shape[axis]):
+        values = volume.take(n, axis)[::-1, ::-1].T
+        pixels, window = stretched(values)
+        yield Scan(
+            shrink(square(pixels, down, across)),
+            name,
+            n,
+            plane=plane,
+            size=values.shape[::-1],
+            window=window,
+            position=n * spacing[axis],
+            signal=float(np.ptp(np.percentile(values[::2, ::2], (1, 99)))),
+        )
+
+
+# What all kinds share
+
+SMALLEST_SERIES = 5  # slices from which on its empty slices are told from the others
+
+
+def arranged(scans, skipped):
+    """The scans, each series numbered and in the order of its positions, its empty slices counted as skipped."""
+    number = {}
+    for scan in scans:
+        if scan.series:
+            number.setdefault(scan.series, str(len(number) + 1))
+    in_order = []
+    for series, n in number.items():
+        slices = sorted((s for s in scans if s.series == series), key=lambda s: (s.position, natural(s.file), s.slice))
+        kept = slices if len(slices) < SMALLEST_SERIES else without_empty(slices)
+        skipped["empty or edge slices"] += len(slices) - len(kept)
+        in_order += [replace(scan, series=n) for scan in kept]
+    skipped += Counter()  # drops the zeros
+    return in_order + [scan for scan in scans if not scan.series]
+
+
+def natural(name):
+    """A name's key for sorting: numbers in it by their value."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def without_empty(series):
+    """The slices of a series that show something of the head: not much fainter than the others, not its rim."""
+    most = max(scan.signal for scan in series)
+    kept = [scan for scan in series if scan.signal >= 0.2 * most and standing_out(scan.pixels)[1].mean() >= 0.05]
+    return kept or series
 
 
 def checked(scan):
@@ -277,9 +673,23 @@ def contrast(pixels):
 def head_box(pixels):
     """Box (x0, y0, x1, y1), in pixels, around what differs from the background.
 
+    Rows and columns count where at least 2 % of their pixels stand out. The whole picture, if
+    that leaves next to nothing.
+    """
+    step, stands_out = standing_out(pixels)
+    ys = np.flatnonzero(stands_out.mean(1) > 0.02) * step
+    xs = np.flatnonzero(stands_out.mean(0) > 0.02) * step
+    if not len(xs) or not len(ys) or min(np.ptp(xs), np.ptp(ys)) < 0.25 * min(pixels.shape):
+        return 0, 0, pixels.shape[1], pixels.shape[0]
+    y1, x1 = min(ys[-1] + step, pixels.shape[0]), min(xs[-1] + step, pixels.shape[1])
+    return int(xs[0]), int(ys[0]), int(x1), int(y1)
+
+
+def standing_out(pixels):
+    """(step, mask): which of every `step`-th pixel differs from the background.
+
     The background is the level of the four corners, so that a white one works as well, and its
-    noise that of the quietest corner. Rows and columns count where at least 2 % of their pixels
-    stand out. The whole picture, if that leaves next to nothing.
+    noise that of the quietest corner.
     """
     step = max(1, min(pixels.shape) // 256)
     sample = pixels[::step, ::step].astype(np.int16)
@@ -287,13 +697,7 @@ def head_box(pixels):
     corners = [sample[:h, :w], sample[:h, -w:], sample[-h:, :w], sample[-h:, -w:]]
     difference = np.abs(sample - np.median([np.median(c) for c in corners]))
     noise = np.min([np.percentile(np.abs(c - np.median(c)), 95) for c in corners])
-    stands_out = difference > max(0.12 * np.percentile(difference, 99), 2 * noise)
-    ys = np.flatnonzero(stands_out.mean(1) > 0.02) * step
-    xs = np.flatnonzero(stands_out.mean(0) > 0.02) * step
-    if not len(xs) or not len(ys) or min(np.ptp(xs), np.ptp(ys)) < 0.25 * min(pixels.shape):
-        return 0, 0, pixels.shape[1], pixels.shape[0]
-    y1, x1 = min(ys[-1] + step, pixels.shape[0]), min(xs[-1] + step, pixels.shape[1])
-    return int(xs[0]), int(ys[0]), int(x1), int(y1)
+    return step, difference > max(0.12 * np.percentile(difference, 99), 2 * noise)
 
 
 def prepare(pixels: np.ndarray, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
@@ -558,33 +962,47 @@ HEAT_COLOURS = np.array(
 )  # fmt: skip
 
 
-def save(uploads, scans, findings, model):
+def save(uploads, scans, findings, model, card, **more):
     """Write one upload to `uploads`/<id>/ and return its result, the dict of `result.json`.
 
     Holds the pictures re-encoded, the heats, of which heatmaps are drawn when they are asked for,
     and the answer; nothing of the files sent but the last part of their names. Written under a
     temporary name, so it is whole or absent.
     """
-    upload_id = secrets.token_urlsafe(16)
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    result = {
-        "id": upload_id,
-        "created": now.replace("+00:00", "Z"),
-        "status": "done",
-        "progress": 1.0,
-        "scans": [scan_entry(upload_id, n, scan, finding) for n, (scan, finding) in enumerate(zip(scans, findings))],
-        "model": model,
-    }
-    partial = uploads / f".{upload_id}"
+    result = new_result(model, **more)
+    entries = [scan_entry(result["id"], n, *each) for n, each in enumerate(zip(scans, findings))]
+    result |= {"status": "done", "progress": 1.0, "scans": entries, "study": study_answer(entries, card)}
+    partial = uploads / f".{result['id']}"
     try:
+        partial.mkdir()
         for n, (scan, finding) in enumerate(zip(scans, findings)):
             keep_scan(partial / str(n), scan, finding)
-        (partial / "result.json").write_text(json.dumps(result))
-        partial.rename(uploads / upload_id)
+        write_result(partial, result)
+        partial.rename(uploads / result["id"])
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return result
+
+
+def new_result(model, **more):
+    """The result of an upload before anything of it is answered."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {
+        "id": secrets.token_urlsafe(16),
+        "created": now.replace("+00:00", "Z"),
+        "status": "running",
+        "progress": 0.0,
+        "scans": [],
+        "model": model,
+    } | more
+
+
+def write_result(folder, result):
+    """Write result.json into a folder in one move; raises FileNotFoundError if the folder is gone."""
+    partial = folder / ".result.json"
+    partial.write_text(json.dumps(result))
+    partial.replace(folder / "result.json")
 
 
 def scan_entry(upload_id, n, scan, finding):
@@ -595,6 +1013,8 @@ def scan_entry(upload_id, n, scan, finding):
     return {
         "file": scan.file,
         "slice": scan.slice,
+        "series": scan.series,
+        "plane": scan.plane,
         "verdict": finding.verdict,
         "label": finding.label,
         "risk": finding.risk,
@@ -613,20 +1033,51 @@ def scan_entry(upload_id, n, scan, finding):
 
 
 def keep_scan(folder, scan, finding):
-    """scan.png, fast rather than small, and, where there is a heat, heat.npy."""
-    folder.mkdir(parents=True)
+    """scan.png, fast rather than small, heat.npy where there is a heat, the study's identifiers where asked for."""
+    folder.mkdir()
     Image.fromarray(scan.pixels).save(folder / "scan.png", **FAST_PNG)
     if finding.heat is not None:
         np.save(folder / "heat.npy", finding.heat)
+    if scan.identifiers:
+        (folder / "identifiers.json").write_text(json.dumps(scan.identifiers))
 
 
 def heatmap_of(folder):
-    """The heatmap of a scan that keep_scan() kept, as the bytes of a PNG."""
+    """The heatmap of a scan that keep_scan() kept, as a picture."""
     with Image.open(folder / "scan.png") as picture:
-        heatmap = draw_heat(np.asarray(picture), np.load(folder / "heat.npy"))
-    png = io.BytesIO()
-    heatmap.save(png, "PNG", **FAST_PNG)
-    return png.getvalue()
+        return draw_heat(np.asarray(picture), np.load(folder / "heat.npy"))
+
+
+def png_of(picture):
+    """The bytes of a picture as a PNG file."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", **FAST_PNG)
+    return file.getvalue()
+
+
+def secondary_capture(picture, identifiers, n):
+    """An RGB picture as the bytes of a DICOM Secondary Capture, of the study that `identifiers` name if any."""
+    from pydicom import Dataset, dcmwrite, uid
+
+    now = datetime.datetime.now()
+    dataset = Dataset()
+    dataset.update({key: identifiers.get(key, "") for key in IDENTIFIERS})
+    dataset.StudyInstanceUID = identifiers.get("StudyInstanceUID") or uid.generate_uid()
+    dataset.SeriesInstanceUID, dataset.SOPInstanceUID = uid.generate_uid(), uid.generate_uid()
+    dataset.SOPClassUID = uid.SecondaryCaptureImageStorage
+    dataset.Modality, dataset.ConversionType, dataset.SeriesDescription = "OT", "WSD", "Heatmap, not for diagnosis"
+    dataset.SeriesNumber, dataset.InstanceNumber = "1", str(n + 1)
+    dataset.ContentDate, dataset.ContentTime = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
+    dataset.PhotometricInterpretation, dataset.SamplesPerPixel, dataset.PlanarConfiguration = "RGB", 3, 0
+    dataset.Columns, dataset.Rows = picture.size
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 8, 8, 7, 0
+    pixels = picture.tobytes()
+    dataset.PixelData = pixels + bytes(len(pixels) % 2)
+    dataset.ensure_file_meta()
+    dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    file = io.BytesIO()
+    dcmwrite(file, dataset, enforce_file_format=True)
+    return file.getvalue()
 
 
 def heat_levels(pixels, heat):
@@ -700,7 +1151,7 @@ def keep_sweeping(uploads, hours):
 def as_csv(result):
     """The CSV of a result: a line a scan, a column a label."""
     labels = result["model"]["labels"]
-    columns = ["file", "slice", "verdict", "label", "risk", "tumor_probability", *labels]
+    columns = ["file", "series", "slice", "plane", "verdict", "label", "risk", "tumor_probability", *labels]
     text = io.StringIO()
     table = csv.DictWriter(text, [*columns, "reason", "warnings"], extrasaction="ignore")
     table.writeheader()
@@ -708,6 +1159,103 @@ def as_csv(result):
         probabilities = scan["probabilities"] or {}
         table.writerow(scan | probabilities | {"warnings": " ".join(scan["warnings"])})
     return text.getvalue()
+
+
+# ------------------------------------------------------------------------------- studies
+
+
+class Studies:
+    """Uploads too large to be answered at once: done one after the other, in a thread of their own."""
+
+    def __init__(self, classifier, most):
+        self.classifier, self.waiting = classifier, queue.Queue(most)
+        threading.Thread(target=self.work, name="studies", daemon=True).start()
+
+    def start(self, uploads, scans, model, **more):
+        """Begin a study; returns its result so far. Raises queue.Full if too many wait."""
+        result = new_result(model, total=len(scans), worker=os.getpid(), **more)
+        folder = uploads / result["id"]
+        folder.mkdir()
+        write_result(folder, result)
+        try:
+            self.waiting.put_nowait((folder, result, scans))
+        except queue.Full:
+            shutil.rmtree(folder)
+            raise
+        return result
+
+    def work(self):
+        """Do what waits, for ever."""
+        while True:
+            run_study(self.classifier, *self.waiting.get())
+
+
+def run_study(classifier, folder, result, scans):
+    """Classify the scans of a study, writing what is there every half second, until done, cancelled or deleted."""
+
+    def answer(numbered):
+        n, scan = numbered
+        finding = classifier.classify_one(scan, classifier.infer_beside)
+        keep_scan(folder / str(n), scan, finding)
+        return scan_entry(result["id"], n, scan, finding)
+
+    try:
+        with crew_of_threads() as pool:
+            written = time.monotonic()
+            for entry in pool.imap(answer, enumerate(scans)):
+                result["scans"].append(entry)
+                result["progress"] = round(len(result["scans"]) / len(scans), 3)
+                if (folder / "cancel").exists():
+                    break
+                if time.monotonic() > written + 0.5:
+                    write_result(folder, result)
+                    written = time.monotonic()
+        if (folder / "cancel").exists():
+            end_study(folder, result, "cancelled")
+        else:
+            study = study_answer(result["scans"], classifier.card)
+            write_result(folder, result | {"status": "done", "progress": 1.0, "study": study})
+    except FileNotFoundError:  # deleted meanwhile
+        shutil.rmtree(folder, ignore_errors=True)
+    except Exception:
+        logging.exception("a study failed")
+        end_study(folder, result, "failed", error="Something went wrong on the server; send the study again.")
+
+
+@contextlib.contextmanager
+def crew_of_threads():
+    """A pool of CREW daemon threads; on leaving, those at work end first and nothing else is begun."""
+    pool = ThreadPool(CREW)
+    try:
+        yield pool
+    finally:
+        pool.terminate()
+        pool.join()
+
+
+def end_study(folder, result, status, **more):
+    """Leave of a study nothing but that it ended, and how."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+    (folder / "cancel").unlink(missing_ok=True)
+    write_result(folder, result | {"status": status, "scans": [], **more})
+
+
+def study_answer(entries, card):
+    """One answer for the slices of a study, by the card's rule; None where there are no such slices."""
+    rule = {"k": 3, **card["thresholds"]} | (card.get("study") or {})
+    ranked = sorted(
+        (n for n, entry in enumerate(entries) if entry["series"] and entry["tumor_probability"] is not None),
+        key=lambda n: -entries[n]["tumor_probability"],
+    )
+    if len(ranked) < 2:
+        return None
+    highest = ranked[: rule["k"]]
+    p = sum(entries[n]["tumor_probability"] for n in highest) / len(highest)
+    verdict, risk = judge(p, rule["low"], rule["high"])
+    return {"verdict": verdict, "risk": risk, "tumor_probability": round(p, 4), "highest": highest,
+            "measured": bool(card.get("study"))}  # fmt: skip
 
 
 # ------------------------------------------------------------------------- pages and API
@@ -739,12 +1287,14 @@ def create_app(overrides=None):
     app = Flask(__name__)
     app.json.sort_keys = False  # a result reads from its id to its model
     configure(app, overrides or {})
+    app.config["MAX_FORM_PARTS"] = app.config["MAX_FILES"] + 100  # receive() has the sentence for more files
     uploads = pathlib.Path(app.config["UPLOADS"])
     uploads.mkdir(parents=True, exist_ok=True)
     sweep(uploads, app.config["RETENTION_HOURS"])
     keep_sweeping(uploads, app.config["RETENTION_HOURS"])
     app.classifier = Classifier(app.config["MODEL"], app.config["THREADS"])
     app.queue = Queue(app.config["MAX_WAITING"])
+    app.studies = Studies(app.classifier, app.config["MAX_STUDIES"])
     app.add_url_rule("/", "index", index)
     app.add_url_rule("/", "upload_form", upload_form, methods=["POST"])
     app.add_url_rule("/upload", "upload", upload, methods=["POST"])
@@ -755,6 +1305,8 @@ def create_app(overrides=None):
     app.add_url_rule("/results/<upload_id>/<int:n>/scan.png", "scan_picture", scan_picture)
     app.add_url_rule("/results/<upload_id>/<int:n>/thumbnail.png", "thumbnail", thumbnail)
     app.add_url_rule("/results/<upload_id>/<int:n>/heatmap.png", "heatmap", heatmap)
+    app.add_url_rule("/results/<upload_id>/<int:n>/heatmap.dcm", "heatmap_dicom", heatmap_dicom)
+    app.add_url_rule("/results/<upload_id>/cancel", "cancel", cancel, methods=["POST"])
     app.add_url_rule("/results/<upload_id>/delete", "delete", delete, methods=["POST"])
     app.add_url_rule("/model", "model_page", model_page)
     app.add_url_rule("/healthz", "healthz", healthz)
@@ -768,6 +1320,12 @@ def create_app(overrides=None):
 
 def uploads_folder():
     return pathlib.Path(current_app.config["UPLOADS"])
+
+
+def limits():
+    """The limits of reading that the settings give."""
+    config = current_app.config
+    return Limits(config["MAX_PIXELS"], config["MAX_SCANS"], config["MAX_FILES"], config["MAX_UNPACKED"])
 
 
 def model_summary():
@@ -787,15 +1345,29 @@ def receive():
     most = current_app.config["MAX_FILES"]
     if len(files) > most:
         abort(400, f"{len(files)} files were sent, but at most {most} are read at once.")
+    plane = request.form.get("plane") or None
+    if plane not in (None, "all", *PLANES):
+        abort(400, f"The plane has to be {', '.join(PLANES)} or all.")
     waiting = current_app.queue
     with waiting.places(len(files)):
-        scans = []
-        for file in files:
-            left = current_app.config["MAX_SCANS"] - len(scans)
-            scans += read_scans(file.read(), file.filename, current_app.config["MAX_PIXELS"], left)
-        with waiting.places(len(scans) - len(files), sure=True):  # the further pages of a TIFF
+        named = [(file.filename, file.read()) for file in files]
+        scans, skipped = read_upload(named, limits(), plane)
+        if not request.form.get("identifiers"):
+            scans = [replace(scan, identifiers=None) for scan in scans]
+        if len(scans) > current_app.config["MAX_AT_ONCE"]:
+            return begin_study(scans, skipped)
+        with waiting.places(len(scans) - len(files), sure=True):  # pages, frames, slices
             findings = current_app.classifier.classify(scans)
-            return save(uploads_folder(), scans, findings, model_summary())
+            card = current_app.classifier.card
+            return save(uploads_folder(), scans, findings, model_summary(), card, skipped=skipped)
+
+
+def begin_study(scans, skipped):
+    """Have the scans classified by and by; returns the result so far."""
+    try:
+        return current_app.studies.start(uploads_folder(), scans, model_summary(), skipped=skipped)
+    except queue.Full:
+        abort(503, "The server is busy with other studies; try again in a minute.", retry_after=60)
 
 
 def index():
@@ -810,7 +1382,8 @@ def upload_form():
 
 def upload():
     """POST /upload: the same for programs."""
-    return jsonify(receive())
+    result = receive()
+    return jsonify(result), 202 if result["status"] == "running" else 200
 
 
 def found(upload_id):
@@ -819,13 +1392,18 @@ def found(upload_id):
 
 
 def load_result(upload_id):
-    return json.loads((found(upload_id) / "result.json").read_text())
+    """The result of an upload; a study whose worker has died has failed."""
+    result = json.loads((found(upload_id) / "result.json").read_text())
+    if result["status"] == "running" and not psutil.pid_exists(result["worker"]):
+        result |= {"status": "failed", "error": "The server was stopped while it read; send the study again."}
+    result.pop("worker", None)
+    return result
 
 
 def result_page(upload_id):
     """GET /results/<id>: the answer for people; of several scans a table, the most suspicious first."""
     result = load_result(upload_id)
-    if len(result["scans"]) == 1:
+    if result["status"] == "done" and len(result["scans"]) == 1:
         return render_scan(result, 0)
     ranked = sorted(enumerate(result["scans"]), key=lambda entry: -(entry[1]["tumor_probability"] or 0))
     return render_template("results.html", result=result, ranked=ranked, card=current_app.classifier.card)
@@ -882,14 +1460,22 @@ def thumbnail(upload_id, n):
     """GET /results/<id>/<n>/thumbnail.png: the scan, at most 96 pixels a side."""
     with Image.open(found_picture(upload_id, n, "scan.png") / "scan.png") as picture:
         picture.thumbnail((96, 96), Image.Resampling.BILINEAR)
-        png = io.BytesIO()
-        picture.save(png, "PNG", **FAST_PNG)
-    return Response(png.getvalue(), mimetype="image/png")
+        return Response(png_of(picture), mimetype="image/png")
 
 
 def heatmap(upload_id, n):
     """GET /results/<id>/<n>/heatmap.png"""
-    return Response(heatmap_of(found_picture(upload_id, n, "heat.npy")), mimetype="image/png")
+    return Response(png_of(heatmap_of(found_picture(upload_id, n, "heat.npy"))), mimetype="image/png")
+
+
+def heatmap_dicom(upload_id, n):
+    """GET /results/<id>/<n>/heatmap.dcm: the heatmap as a DICOM Secondary Capture."""
+    folder = found_picture(upload_id, n, "heat.npy")
+    kept = folder / "identifiers.json"
+    identifiers = json.loads(kept.read_text()) if kept.exists() else {}
+    headers = {"Content-Disposition": f"attachment; filename=heatmap_{n}.dcm"}
+    data = secondary_capture(heatmap_of(folder), identifiers, n)
+    return Response(data, mimetype="application/dicom", headers=headers)
 
 
 def found_picture(upload_id, n, name):
@@ -900,9 +1486,17 @@ def found_picture(upload_id, n, name):
     return folder
 
 
+def cancel(upload_id):
+    """POST /results/<id>/cancel: stop a study that is being read; nothing of it is kept."""
+    if load_result(upload_id)["status"] == "running":
+        (found(upload_id) / "cancel").touch()
+    return redirect(url_for("result_page", upload_id=upload_id), 303)
+
+
 def delete(upload_id):
-    """POST /results/<id>/delete: remove the upload at once."""
-    shutil.rmtree(found(upload_id))
+    """POST /results/<id>/delete: remove the upload at once, also while it is being read."""
+    gone = found(upload_id).rename(uploads_folder() / f".{upload_id}")
+    shutil.rmtree(gone)
     return redirect(url_for("index"), 303)
 
 
@@ -990,7 +1584,7 @@ def classify_command(paths):
     scans = []
     for path in paths:
         try:
-            scans += read_scans(path.read_bytes(), path.name, current_app.config["MAX_PIXELS"])
+            scans += read_scans(path.read_bytes(), path.name, limits())
         except UnreadableScan as error:
             raise click.ClickException(str(error)) from None
     findings = current_app.classifier.classify(scans)
@@ -1008,8 +1602,6 @@ def benchmark_command(path, rounds, scans):
 
     Starts a server of its own, on loopback, with this app's model and settings.
     """
-    import psutil
-
     data, classifier = path.read_bytes() if path else drawn_head(), current_app.classifier
     click.echo(f"{classifier.engine}, {current_app.config['THREADS']} threads, model {classifier.sha256[:12]}")
     with tempfile.TemporaryDirectory() as folder:
@@ -1050,13 +1642,13 @@ def parts_of_an_upload(classifier, data, folder):
     prepared = prepare(scan.pixels)[None]
     outputs = classifier.infer(prepared)
     finding = classifier.finding(None, outputs["probabilities"][0], outputs["heat"][0])  # whether or not it is rejected
-    kept = folder / save(folder, [scan], [finding], {})["id"] / "0"
+    kept = folder / save(folder, [scan], [finding], {}, classifier.card)["id"] / "0"
     return {
         "  decode": lambda: read_scans(data, "scan"),
         "  prepare": lambda: prepare(scan.pixels),
         "  network and verdict": lambda: classifier.classify([scan]),
-        "  store": lambda: save(folder, [scan], [finding], {}),
-        "heatmap, when asked for": lambda: heatmap_of(kept),
+        "  store": lambda: save(folder, [scan], [finding], {}, classifier.card),
+        "heatmap, when asked for": lambda: png_of(heatmap_of(kept)),
         "bare interpreter": lambda: classifier.infer(prepared),
     }
 

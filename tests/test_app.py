@@ -137,13 +137,15 @@ def test_the_scans_in_all_files_together_are_limited(tmp_path):
     ([(b"", "")], 400, "No file was chosen; choose a scan and send it again."),
     ([(b"", "void.png")], 400, "void.png is empty; choose the file again."),
     ([(b"I am a text file", "scan.png")], 415,
-     "scan.png is not a JPEG, PNG, WEBP, BMP or TIFF picture; export the scan as one of these."),
+     "scan.png is not a DICOM, NIfTI, JPEG, PNG, WEBP, BMP or TIFF file, or a ZIP of them; "
+     "export the scan as one of these."),
     ([(SCAN[:2000], "cut.jpg")], 415, "cut.jpg is damaged or cut off; export it again."),
     ([(encode(np.zeros((20_000, 20_000), bool)), "huge.png")], 413,
      "huge.png has 20000 x 20000 pixels, more than the 50,000,000 allowed; send it smaller."),
-    ([(SCAN, "scan.jpg")] * 33, 400, "33 files were sent, but at most 32 are read at once."),
+    ([(SCAN, "scan.jpg")] * 1001, 400, "1001 files were sent, but at most 1000 are read at once."),
     ([(SCAN, "good.jpg"), (b"bad", "bad.jpg")], 415,
-     "bad.jpg is not a JPEG, PNG, WEBP, BMP or TIFF picture; export the scan as one of these."),
+     "bad.jpg is not a DICOM, NIfTI, JPEG, PNG, WEBP, BMP or TIFF file, or a ZIP of them; "
+     "export the scan as one of these."),
 ])  # fmt: skip
 def test_bad_input_gets_its_sentence_and_leaves_nothing(send, uploads, path, files, status, sentence):
     response = send(*files, to=path)
@@ -160,7 +162,7 @@ def test_a_file_of_100_megabytes_is_refused_before_it_is_read(client, uploads, p
     size = {"CONTENT_LENGTH": "100000000"}
     response = client.post(path, content_type="multipart/form-data; boundary=x", environ_overrides=size)
     assert response.status_code == 413
-    assert "The upload is larger than the 32 MB allowed; send fewer or smaller files." in response.text
+    assert "The upload is larger than the 64 MB allowed; send fewer or smaller files." in response.text
     assert uploads() == []
 
 
@@ -306,7 +308,7 @@ def test_settings_come_from_the_environment(tmp_path, monkeypatch):
 
 def test_a_setting_of_the_wrong_kind_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASK_MAX_FILES", "many")
-    with pytest.raises(Exception, match="FLASK_MAX_FILES is 'many', but it has to be a number, such as 32."):
+    with pytest.raises(Exception, match="FLASK_MAX_FILES is 'many', but it has to be a number, such as 1000."):
         make_app(tmp_path)
 
 
@@ -317,7 +319,7 @@ def test_the_classify_command_prints_csv(app, tmp_path):
     (row,) = csv.DictReader(io.StringIO(run(args=["classify", str(tmp_path / "scan.jpg")]).stdout))
     assert row["file"] == "scan.jpg" and row["verdict"]
     failed = run(args=["classify", str(tmp_path / "bad.jpg")])
-    assert failed.exit_code == 1 and "bad.jpg is not a JPEG" in failed.output
+    assert failed.exit_code == 1 and "bad.jpg is not a DICOM" in failed.output
 
 
 def test_a_result_is_json_that_any_program_reads(app, result):

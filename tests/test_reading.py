@@ -73,11 +73,13 @@ def test_only_the_last_part_of_a_name_is_kept(name, kept):
 @pytest.mark.parametrize("data, status, sentence", [
     (b"", 400, "scan is empty; choose the file again."),
     (b"hello, I am text", 415,
-     "scan is not a JPEG, PNG, WEBP, BMP or TIFF picture; export the scan as one of these."),
+     "scan is not a DICOM, NIfTI, JPEG, PNG, WEBP, BMP or TIFF file, or a ZIP of them; "
+         "export the scan as one of these."),
     (encode(phantom(), "JPEG")[:3000], 415, "scan is damaged or cut off; export it again."),
     (encode(phantom())[:3000], 415, "scan is damaged or cut off; export it again."),
     (encode(phantom(), "GIF"), 415,
-     "scan is not a JPEG, PNG, WEBP, BMP or TIFF picture; export the scan as one of these."),
+     "scan is not a DICOM, NIfTI, JPEG, PNG, WEBP, BMP or TIFF file, or a ZIP of them; "
+         "export the scan as one of these."),
     (encode(np.zeros((20, 300), np.uint8)), 415,
      "scan has 300 x 20 pixels, but a scan needs at least 32 x 32."),
     (encode(np.zeros((8000, 8000), bool)), 413,
