@@ -142,7 +142,7 @@ def test_the_scans_in_all_files_together_are_limited(tmp_path):
     ([(SCAN[:2000], "cut.jpg")], 415, "cut.jpg is damaged or cut off; export it again."),
     ([(encode(np.zeros((20_000, 20_000), bool)), "huge.png")], 413,
      "huge.png has 20000 x 20000 pixels, more than the 50,000,000 allowed; send it smaller."),
-    ([(SCAN, "scan.jpg")] * 1001, 400, "1001 files were sent, but at most 1000 are read at once."),
+    ([(b"x", "scan.jpg")] * 1001, 400, "1001 files were sent, but at most 1000 are read at once."),
     ([(SCAN, "good.jpg"), (b"bad", "bad.jpg")], 415,
      "bad.jpg is not a DICOM, NIfTI, JPEG, PNG, WEBP, BMP or TIFF file, or a ZIP of them; "
      "export the scan as one of these."),
