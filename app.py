@@ -182,6 +182,8 @@ def read_upload(files, limits=LIMITS, plane=None):
         left = limits._replace(scans=limits.scans - len(scans))
         try:
             scans += read_file(data, plain_name(name), left, plane)
+            if sum(scan.pixels.nbytes for scan in scans) > limits.unpacked:
+                raise too_much(plain_name(name), limits)
         except UnreadableScan as excuse:
             if excuse.status == 413:
                 raise
@@ -231,7 +233,7 @@ def is_zip(data):
 
 def is_litter(path):
     """Whether a path in a ZIP is a system's own: hidden, or of __MACOSX."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+    return any(part.strip(".") and (part[0] == "." or part == "__MACOSX") for part in path.split("/"))
 
 
 def too_much(name, limits):
@@ -265,9 +267,12 @@ def read_file(data, name, limits, plane):
 
 def gunzipped(data, name, limits):
     """What a gzip file holds, and any other file as it is."""
-    if data[:2] != b"\x1f\x8b":
-        return data
-    unzip = zlib.decompressobj(31)
+    return inflated(data, name, limits, wbits=31) if data[:2] == b"\x1f\x8b" else data
+
+
+def inflated(data, name, limits, wbits):
+    """Deflated bytes unpacked; raises UnreadableScan at the limit, before there is more of it in memory."""
+    unzip = zlib.decompressobj(wbits)
     try:
         inside = unzip.decompress(data, limits.unpacked + 1)
     except zlib.error:
@@ -385,6 +390,9 @@ def read_dicom(data, name, limits):
     from pydicom import dcmread
     from pydicom.pixels import pixel_array
 
+    if b"1.2.840.10008.1.2.1.99" in data[:1000]:  # deflated: pydicom would unpack it whole
+        size = int.from_bytes(data[140:144], "little")  # of the header before it, which gives its own length
+        inflated(data[144 + size :], name, limits, wbits=-15)
     try:
         with quiet():
             dataset = dcmread(io.BytesIO(data), force=True)
@@ -902,6 +910,8 @@ def keras_model(path):
     """The float network of an archive as a function, as litert(); imports TensorFlow."""
     import keras
 
+    if tuple(int(part) for part in keras.__version__.split(".")[:2]) < (3, 11):  # CVE-2025-9906, CVE-2025-1550
+        raise ModelError(f"Keras {keras.__version__} can be made to run code by a model file; install 3.11 or newer.")
     try:
         model = keras.models.load_model(path, compile=False)
     except Exception as error:  # Keras raises nearly anything on an archive it does not know
@@ -974,7 +984,7 @@ def save(uploads, scans, findings, model, card, **more):
     result |= {"status": "done", "progress": 1.0, "scans": entries, "study": study_answer(entries, card)}
     partial = uploads / f".{result['id']}"
     try:
-        partial.mkdir()
+        partial.mkdir(parents=True)  # the folder of uploads may have vanished
         for n, (scan, finding) in enumerate(zip(scans, findings)):
             keep_scan(partial / str(n), scan, finding)
         write_result(partial, result)
@@ -1122,7 +1132,8 @@ def find_upload(uploads, upload_id, hours):
 
 
 def is_old(folder, hours):
-    return folder.stat().st_mtime < time.time() - hours * 3600
+    """Whether a folder is older than `hours`, or comes from a future that a wrong clock had shown."""
+    return abs(time.time() - folder.stat().st_mtime) > hours * 3600
 
 
 def sweep(uploads, hours):
@@ -1157,7 +1168,8 @@ def as_csv(result):
     table.writeheader()
     for scan in result["scans"]:
         probabilities = scan["probabilities"] or {}
-        table.writerow(scan | probabilities | {"warnings": " ".join(scan["warnings"])})
+        name = re.sub(r"^([=+@-])", r"'\1", scan["file"])  # a spreadsheet would take it for a formula
+        table.writerow(scan | probabilities | {"file": name, "warnings": " ".join(scan["warnings"])})
     return text.getvalue()
 
 
@@ -1175,7 +1187,7 @@ class Studies:
         """Begin a study; returns its result so far. Raises queue.Full if too many wait."""
         result = new_result(model, total=len(scans), worker=os.getpid(), **more)
         folder = uploads / result["id"]
-        folder.mkdir()
+        folder.mkdir(parents=True)  # as in save()
         write_result(folder, result)
         try:
             self.waiting.put_nowait((folder, result, scans))
@@ -1294,6 +1306,7 @@ def create_app(overrides=None):
     keep_sweeping(uploads, app.config["RETENTION_HOURS"])
     app.classifier = Classifier(app.config["MODEL"], app.config["THREADS"])
     app.queue = Queue(app.config["MAX_WAITING"])
+    app.reading = threading.BoundedSemaphore(os.cpu_count() or 1)  # large pictures take memory to decode
     app.studies = Studies(app.classifier, app.config["MAX_STUDIES"])
     app.add_url_rule("/", "index", index)
     app.add_url_rule("/", "upload_form", upload_form, methods=["POST"])
@@ -1312,6 +1325,8 @@ def create_app(overrides=None):
     app.add_url_rule("/healthz", "healthz", healthz)
     app.register_error_handler(HTTPException, show_error)
     app.register_error_handler(UnreadableScan, show_unreadable)
+    app.register_error_handler(OSError, show_full)
+    app.before_request(refuse_other_sites)
     app.after_request(add_headers)
     app.cli.add_command(classify_command)
     app.cli.add_command(benchmark_command)
@@ -1351,7 +1366,8 @@ def receive():
     waiting = current_app.queue
     with waiting.places(len(files)):
         named = [(file.filename, file.read()) for file in files]
-        scans, skipped = read_upload(named, limits(), plane)
+        with current_app.reading:
+            scans, skipped = read_upload(named, limits(), plane)
         if not request.form.get("identifiers"):
             scans = [replace(scan, identifiers=None) for scan in scans]
         if len(scans) > current_app.config["MAX_AT_ONCE"]:
@@ -1558,19 +1574,46 @@ def show_unreadable(error):
     return answer_error(error.status, str(error))
 
 
+def show_full(error):
+    """The disk is full, read-only or away."""
+    current_app.logger.error("a result could not be kept: %s", error.strerror)
+    return answer_error(503, "The server cannot keep results at the moment; try again later.", [("Retry-After", "60")])
+
+
 def add_headers(response):
     """Nothing from other hosts, nothing guessed, no patient's picture in a cache; CORS as set."""
-    response.headers["Content-Security-Policy"] = "default-src 'self'; img-src 'self' blob: data:"
+    response.headers["Content-Security-Policy"] = (
+        "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
+        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    )
     response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Referrer-Policy"] = "no-referrer"
+    response.headers["X-Frame-Options"] = "DENY"
+    response.headers["Referrer-Policy"] = "same-origin"  # with none, the app's own forms would have no origin
+    response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
     if request.endpoint != "static":
         response.headers["Cache-Control"] = "no-store"
-    origins = {origin.strip() for origin in current_app.config["CORS_ORIGINS"].split(",")} - {""}
-    if origins and request.path == "/upload":
+    if request.path == "/upload":
         response.headers["Vary"] = "Origin"
-        if request.origin in origins:
+        if request.origin in allowed_origins():
             response.headers["Access-Control-Allow-Origin"] = request.origin
+            response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"
     return response
+
+
+def allowed_origins():
+    """The origins that may call /upload from a page of theirs."""
+    return {origin.strip() for origin in current_app.config["CORS_ORIGINS"].split(",")} - {""}
+
+
+def refuse_other_sites():
+    """403 for what a page of another site makes a visitor's browser send, by Fetch Metadata, else by the origin."""
+    allowed = request.path == "/upload" and request.origin in allowed_origins()
+    if allowed or request.method in ("GET", "HEAD", "OPTIONS"):
+        return
+    site = request.headers.get("Sec-Fetch-Site")
+    same_host = request.origin is None or request.origin.partition("://")[2] == request.host
+    if site not in (None, "same-origin", "none") or site is None and not same_host:
+        abort(403, "The request came from a page of another site; open the form here and send it again.")
 
 
 # ------------------------------------------------------------------------------ commands

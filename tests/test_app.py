@@ -228,17 +228,14 @@ def test_nothing_of_the_file_itself_is_kept(app, send):
 
 
 def test_a_failed_write_leaves_nothing_and_the_next_upload_works(send, uploads, monkeypatch, app):
-    app.testing = False
-    app.config["PROPAGATE_EXCEPTIONS"] = False
-
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("app.np.save", full)
         response = send((SCAN, "scan.jpg"))
-    assert response.status_code == 500
-    assert response.get_json() == {"error": "Something went wrong on the server; the log has it."}
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "60")
+    assert response.get_json() == {"error": "The server cannot keep results at the moment; try again later."}
     assert uploads() == []
     assert send((SCAN, "scan.jpg")).status_code == 200
 
