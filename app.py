@@ -34,7 +34,8 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ from flask import (
 from flask.cli import with_appcontext
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from scipy import ndimage
+from tqdm import tqdm
 from werkzeug.datastructures import FileStorage
 from werkzeug.exceptions import HTTPException, InternalServerError, RequestEntityTooLarge
 from werkzeug.test import encode_multipart
@@ -1620,19 +1622,180 @@ def refuse_other_sites():
 
 
 @click.command("classify")
-@click.argument("paths", nargs=-1, required=True, type=click.Path(True, dir_okay=False, path_type=pathlib.Path))
+@click.argument("paths", nargs=-1, required=True, type=click.Path(True, path_type=pathlib.Path))
+@click.option("--out", type=click.Path(dir_okay=False, path_type=pathlib.Path), help="A .csv or .parquet to fill.")
+@click.option("--scheduler", help="tcp://host:port of a Dask cluster; one on this machine's cores without.")
 @with_appcontext
-def classify_command(paths):
-    """Print the answers for the scans in PATHS as CSV, without keeping anything."""
-    scans = []
-    for path in paths:
-        try:
-            scans += read_scans(path.read_bytes(), path.name, limits())
-        except UnreadableScan as error:
-            raise click.ClickException(str(error)) from None
-    findings = current_app.classifier.classify(scans)
-    entries = [scan_entry("", n, *each) for n, each in enumerate(zip(scans, findings))]
-    click.echo(as_csv({"scans": entries, "model": model_summary()}), nl=False)
+def classify_command(paths, out, scheduler):
+    """Classify the scans in PATHS: files, folders, ZIPs, of every format that the app reads.
+
+    Prints CSV, or fills OUT, a row a slice, and goes on where it was interrupted; beside it stands
+    a .studies.csv with a row a study. Nothing else is kept.
+    """
+    config, files = current_app.config, [file for path in paths for file in files_under(path)]
+    labels, card = current_app.classifier.labels, current_app.classifier.card
+    if out is None:
+        table = csv.DictWriter(sys.stdout, columns_of(labels))
+        table.writeheader()
+        for file in files:
+            table.writerows(answer_files([file], config["MODEL"], limits()))
+        return
+    if out.suffix not in (".csv", ".parquet"):
+        raise click.BadParameter(f"{out} has to end in .csv or .parquet.")
+    journal = out.with_suffix(".csv")
+    with cluster(scheduler) as client:
+        fill(journal, files, columns_of(labels), client, config["MODEL"], limits())
+    write_studies(journal, out.with_suffix(".studies.csv"), card)
+    if out.suffix == ".parquet":
+        from pyarrow import csv as arrow_csv
+        from pyarrow import parquet
+
+        parquet.write_table(arrow_csv.read_csv(journal), out)
+        journal.unlink()
+
+
+def files_under(path):
+    """The files of a folder and the folders in it, hidden ones left out, in order; a file itself."""
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file() and not is_litter(p.relative_to(path).as_posix()))
+
+
+def columns_of(labels):
+    """The columns of a row: where the slice came from, the answer, or why there is none."""
+    return ["path", "slices", "study", "series", "slice", "plane", "verdict", "label", "risk", "tumor_probability",
+            *labels, "reason", "warnings", "error"]  # fmt: skip
+
+
+@cache
+def worker_classifier(model):
+    """The classifier of this process, loaded once; on one thread, since there is a process a core."""
+    return Classifier(model, threads=1)
+
+
+def answer_files(paths, model, limits):
+    """The rows of some files; a thread reads the next files while the network sees the last."""
+    classifier = worker_classifier(model)
+    with ThreadPoolExecutor(1) as reader:
+        readings = [(path, reader.submit(lambda p: read_scans(p.read_bytes(), p.name, limits), path)) for path in paths]
+        return [row for path, reading in readings for row in rows_of(path, reading, classifier)]
+
+
+def rows_of(path, reading, classifier):
+    """A row for each slice of a file, or one that says why there is none."""
+    try:
+        scans = reading.result()
+    except (UnreadableScan, OSError) as error:
+        return [{"path": path.as_posix(), "slices": 1, "error": str(error)}]
+    rows = []
+    for n, scan in enumerate(scans):
+        entry = scan_entry("", n, scan, classifier.classify([scan])[0])
+        rows.append(
+            {"path": path.as_posix(), "slices": len(scans), "study": study_of(scan, path)}
+            | {key: entry[key] for key in ("series", "slice", "plane", "verdict", "label", "risk", "tumor_probability")}
+            | (entry["probabilities"] or {})
+            | {"reason": entry["reason"], "warnings": " ".join(entry["warnings"])}
+        )
+    return rows
+
+
+def study_of(scan, path):
+    """A name for the study of a scan that is no name: a hash for DICOM, the path for a volume, else nothing."""
+    if scan.identifiers:
+        return hashlib.sha256(scan.identifiers["StudyInstanceUID"].encode()).hexdigest()[:16]
+    return path.as_posix() if scan.series else ""
+
+
+@contextlib.contextmanager
+def cluster(scheduler):
+    """A Dask client of the scheduler at an address, or of a cluster of its own with a process a core."""
+    from distributed import Client, LocalCluster
+
+    with contextlib.ExitStack() as stack:
+        if scheduler is None:
+            cores = os.cpu_count() or 1
+            own = LocalCluster(cores, threads_per_worker=1, dashboard_address=None, silence_logs=logging.ERROR)
+            scheduler = stack.enter_context(own)
+        yield stack.enter_context(Client(scheduler))
+
+
+FILES_A_TASK = 8
+TASKS_A_WORKER = 3  # sent ahead, so that none waits for the next; more would only take memory
+
+
+def fill(journal, files, columns, client, model, limits):
+    """Append the rows of the files that `journal` has not yet, whole files at a time, in any order.
+
+    Dask does the files of a worker that was killed again elsewhere. A task that kills every worker
+    is taken apart, until a single file is left to say so.
+    """
+    from distributed import as_completed
+
+    done = finished(journal, columns)
+    files = [file for file in files if file.as_posix() not in done]
+    chunks = iter([files[n : n + FILES_A_TASK] for n in range(0, len(files), FILES_A_TASK)])
+    of_future = {}
+
+    def submit(chunk):
+        future = client.submit(answer_files, chunk, model, limits, pure=False)
+        of_future[future] = chunk
+        return future
+
+    ahead = TASKS_A_WORKER * max(1, len(client.scheduler_info()["workers"]))
+    running = as_completed([submit(chunk) for chunk in islice(chunks, ahead)])
+    with open(journal, "a", newline="") as file, tqdm(total=len(files), unit="file", mininterval=1) as bar:
+        table = csv.DictWriter(file, columns)
+        for future in running:
+            chunk = of_future.pop(future)
+            if future.status == "finished":
+                rows = future.result()
+            elif len(chunk) > 1:
+                running.update([submit([path]) for path in chunk])
+                continue
+            else:
+                rows = [{"path": chunk[0].as_posix(), "slices": 1, "error": f"{chunk[0].name} stops what reads it."}]
+            table.writerows(rows)
+            file.flush()
+            bar.update(len(chunk))
+            running.update([submit(chunk) for chunk in islice(chunks, 1)])
+
+
+def finished(journal, columns):
+    """The paths of which `journal` has every row; rows of others, and half a row at the end, are taken out of it."""
+    if not journal.exists():
+        with open(journal, "w", newline="") as file:
+            csv.DictWriter(file, columns).writeheader()
+        return set()
+    with open(journal, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["error"] is not None]  # the last column: else cut off
+    if rows and list(rows[0]) != columns:
+        raise click.ClickException(f"{journal} has other columns; move it away, or name another file.")
+    count = Counter(row["path"] for row in rows)
+    whole = [row for row in rows if count[row["path"]] == int(row["slices"])]
+    partial = journal.with_suffix(".partial")
+    with open(partial, "w", newline="") as file:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+        table.writerows(whole)
+    partial.replace(journal)
+    return {row["path"] for row in whole}
+
+
+def write_studies(journal, path, card):
+    """A row for each study of the rows in `journal`, by the card's rule."""
+    studies = {}
+    with open(journal, newline="") as file:
+        for row in csv.DictReader(file):
+            if row["study"]:
+                p = float(row["tumor_probability"]) if row["tumor_probability"] else None
+                studies.setdefault(row["study"], []).append({"series": row["series"], "tumor_probability": p})
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["study", "slices", "rejected", "verdict", "risk", "tumor_probability"])
+        for study, entries in studies.items():
+            answer = study_answer(entries, card) or {}
+            rejected = sum(entry["tumor_probability"] is None for entry in entries)
+            table.writerow([study, len(entries), rejected, *map(answer.get, ("verdict", "risk", "tumor_probability"))])
 
 
 @click.command("benchmark")

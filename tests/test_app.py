@@ -314,9 +314,9 @@ def test_the_classify_command_prints_csv(app, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"bad")
     run = app.test_cli_runner().invoke
     (row,) = csv.DictReader(io.StringIO(run(args=["classify", str(tmp_path / "scan.jpg")]).stdout))
-    assert row["file"] == "scan.jpg" and row["verdict"]
-    failed = run(args=["classify", str(tmp_path / "bad.jpg")])
-    assert failed.exit_code == 1 and "bad.jpg is not a DICOM" in failed.output
+    assert row["path"].endswith("scan.jpg") and row["verdict"]
+    (row,) = csv.DictReader(io.StringIO(run(args=["classify", str(tmp_path / "bad.jpg")]).stdout))
+    assert row["error"].startswith("bad.jpg is not a DICOM") and not row["verdict"]
 
 
 def test_a_result_is_json_that_any_program_reads(app, result):
