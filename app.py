@@ -121,12 +121,13 @@ class UnreadableScan(ValueError):
 
 
 class Limits(NamedTuple):
-    """How much may be read: pixels of a picture, scans and files in all, bytes unpacked."""
+    """How much may be read: pixels of a picture, scans and files in all, bytes and pixels unpacked."""
 
     pixels: int = DEFAULTS["MAX_PIXELS"]
     scans: int = DEFAULTS["MAX_SCANS"]
     files: int = DEFAULTS["MAX_FILES"]
     unpacked: int = DEFAULTS["MAX_UNPACKED"]
+    used: int = 0  # pixels unpacked already
 
 
 LIMITS = Limits()
@@ -179,13 +180,13 @@ def read_upload(files, limits=LIMITS, plane=None):
 
     What is no scan is skipped in a ZIP and among the files of a study; else it raises UnreadableScan.
     """
-    scans, excuses, skipped = [], [], Counter()
+    scans, excuses, skipped, used = [], [], Counter(), 0
     for name, data in unpacked(files, limits):
-        left = limits._replace(scans=limits.scans - len(scans))
+        left = limits._replace(scans=limits.scans - len(scans), used=used)
         try:
-            scans += read_file(data, plain_name(name), left, plane)
-            if sum(scan.pixels.nbytes for scan in scans) > limits.unpacked:
-                raise too_much(plain_name(name), limits)
+            found = read_file(data, plain_name(name), left, plane)
+            used += sum(max(math.prod(scan.size), scan.pixels.nbytes) for scan in found)
+            scans += found
         except UnreadableScan as excuse:
             if excuse.status == 413:
                 raise
@@ -293,11 +294,13 @@ def check_count(count, what, name, limits):
             f"{name} has {count} {what}, but only {limits.scans} more scans are allowed; send fewer.", 413)
 
 
-def check_size(size, name, limits):
-    """Raise UnreadableScan for a picture (width, height) that is too large to decode or too small."""
+def check_size(size, name, limits, pictures=1):
+    """Raise UnreadableScan for pictures (width, height) that are too large to decode, in all as well, or too small."""
     shape = f"{name} has {size[0]} x {size[1]} pixels"
     if size[0] * size[1] > limits.pixels:
         raise UnreadableScan(f"{shape}, more than the {limits.pixels:,} allowed; send it smaller.", 413)
+    if limits.used + pictures * math.prod(size) > limits.unpacked:
+        raise too_much(name, limits)
     if min(size) < SMALLEST_SIDE:
         raise UnreadableScan(f"{shape}, but a scan needs at least {SMALLEST_SIDE} x {SMALLEST_SIDE}.")
 
@@ -315,7 +318,11 @@ def read_picture(data, name, limits):
     except Exception:  # Pillow's parsers raise nearly anything on damaged headers
         raise damaged(name) from None
     check_count(pages, "pages", name, limits)
-    return [read_page(image, page, name, limits) for page in range(pages)]
+    scans = []
+    for page in range(pages):
+        scans.append(read_page(image, page, name, limits))
+        limits = limits._replace(used=limits.used + math.prod(scans[-1].size))
+    return scans
 
 
 def read_page(image, page, name, limits):
@@ -326,10 +333,11 @@ def read_page(image, page, name, limits):
         raise damaged(name) from None
     check_size(image.size, name, limits)
     try:
-        pixels, window, colour = grey(ImageOps.exif_transpose(image))
+        upright = ImageOps.exif_transpose(image)
+        pixels, window, colour = grey(upright)
     except Exception:  # decoding happens here
         raise damaged(name) from None
-    return Scan(shrink(pixels), name, page, size=image.size, window=window, colour=colour)
+    return Scan(shrink(pixels), name, page, size=upright.size, window=window, colour=colour)
 
 
 def grey(frame):
@@ -374,7 +382,7 @@ def shrink(pixels):
 def square(pixels, down, across):
     """Pixels whose spacing is `down` and `across` (mm) resized so that both are the finer one."""
     finer = min(down, across)
-    if not finer > 0 or max(down, across) / finer < 1.02:
+    if not finer > 0 or not 1.02 < max(down, across) / finer < 10:
         return pixels
     size = (round(pixels.shape[1] * across / finer), round(pixels.shape[0] * down / finer))
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
@@ -389,9 +397,12 @@ HEADS = ("HEAD", "BRAIN", "SKULL", "PITUITARY", "ORBIT", "FACE", "IAC")
 
 def read_dicom(data, name, limits):
     """The frames of a DICOM file as scans; of its header only what they look like, and no name or number."""
+    import gdcm
     from pydicom import dcmread
     from pydicom.pixels import pixel_array
 
+    gdcm.Trace.WarningOff()
+    gdcm.Trace.ErrorOff()
     if b"1.2.840.10008.1.2.1.99" in data[:1000]:  # deflated: pydicom would unpack it whole
         size = int.from_bytes(data[140:144], "little")  # of the header before it, which gives its own length
         inflated(data[144 + size :], name, limits, wbits=-15)
@@ -408,7 +419,7 @@ def read_dicom(data, name, limits):
     except Exception:  # pydicom raises nearly anything on a file that lies
         raise damaged(name) from None
     check_count(frames, "frames", name, limits)
-    check_size(size, name, limits)
+    check_size(size, name, limits, frames)
     try:
         with quiet():
             return [dicom_scan(pixel_array(dataset, index=n), dataset, n, name) for n in range(frames)]
@@ -422,7 +433,9 @@ def read_dicom(data, name, limits):
 
 @contextlib.contextmanager
 def quiet():
-    """Without the warnings of libraries about files that are not quite to their standard."""
+    """Without what libraries say about files that are not quite to their standard: it may quote the patient."""
+    for name in ("pydicom", "nibabel"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -446,7 +459,7 @@ def dicom_scan(frame, dataset, n, name):
     uid = str(dataset.get("SeriesInstanceUID", ""))
     down, across = (float(spacing) for spacing in header.get("PixelSpacing") or (1, 1))
     return Scan(
-        shrink(square(pixels, down, across)),
+        shrink(square(shrink(pixels), down, across)),
         name,
         n,
         series=hashlib.sha256(uid.encode()).hexdigest(),
@@ -483,7 +496,11 @@ def dicom_grey(frame, header):
         bits = 8 * frame.dtype.itemsize
         return grey(Image.fromarray((frame >> (bits - 8)).astype(np.uint8)))
     values = apply_modality_lut(frame, header)
-    pixels, window = windowed(values, header) or stretched(values.astype(np.float32))
+    try:
+        shown = windowed(values, header)
+    except Exception:  # a window that makes no sense is as good as none
+        shown = None
+    pixels, window = shown or stretched(values.astype(np.float32))
     if header.PhotometricInterpretation == "MONOCHROME1":
         pixels = 255 - pixels
     return pixels, window, 0.0
@@ -545,17 +562,20 @@ def read_nifti(data, name, limits, plane):
     kind = nibabel.Nifti1Image if data[344:347] == b"n+1" else nibabel.Nifti2Image
     try:
         with quiet():
-            volume = nibabel.as_closest_canonical(kind.from_bytes(data))
-            shape, spacing = volume.shape[:3], [float(zoom) for zoom in volume.header.get_zooms()[:3]]
-            if len(shape) < 3:
-                raise ValueError("no volume")
+            volume = kind.from_bytes(data)
             several = math.prod(volume.shape[3:])
+            volume = volume.slicer[(..., *[0] * (len(volume.shape) - 3))]
+            x, y, z = volume.shape
+            if limits.used + 8 * x * y * z > limits.unpacked:  # as the library holds it, 8 bytes a voxel
+                raise too_much(name, limits)
+            volume = nibabel.as_closest_canonical(volume)
+            shape, spacing = volume.shape, [float(zoom) for zoom in volume.header.get_zooms()]
             planes = PLANES if plane == "all" else [plane or PLANES[int(np.argmax(spacing))]]
             check_count(sum(shape[PLANES.index(p)] for p in planes), "slices", name, limits)
             for p in planes:
                 across, down = (n for axis, n in enumerate(shape) if axis != PLANES.index(p))
                 check_size((across, down), name, limits)
-            first = np.asarray(volume.dataobj[(..., *[0] * (len(volume.shape) - 3))], np.float32)
+            values = np.asarray(volume.dataobj, np.float32)
     except UnreadableScan:
         raise
     except Exception:  # nibabel's parsers as Pillow's: sizes that lie, cut-off data
@@ -565,7 +585,7 @@ def read_nifti(data, name, limits, plane):
     return [
         replace(scan, series=f"{series} {p}", warnings=warning)
         for p in planes
-        for scan in slices_across(first, spacing, p, name)
+        for scan in slices_across(values, spacing, p, name)
     ]
 
 
@@ -580,7 +600,7 @@ def slices_across(volume, spacing, plane, name):
         values = volume.take(n, axis)[::-1, ::-1].T
         pixels, window = stretched(values)
         yield Scan(
-            shrink(square(pixels, down, across)),
+            shrink(square(shrink(pixels), down, across)),
             name,
             n,
             plane=plane,
