@@ -147,7 +147,7 @@ class Scan:
 
     pixels: np.ndarray
     file: str
-    slice: int = 0
+    slice: int = 0  # its place in the series, or its page, from 0
     series: str | None = None  # of a study, "1", "2", …; until arranged() a hash of the series' identifier
     plane: str | None = None
     size: tuple[int, int] | None = None  # width and height as sent
@@ -625,9 +625,10 @@ def arranged(scans, skipped):
     in_order = []
     for series, n in number.items():
         slices = sorted((s for s in scans if s.series == series), key=lambda s: (s.position, natural(s.file), s.slice))
+        slices = [replace(scan, series=n, slice=place) for place, scan in enumerate(slices)]
         kept = slices if len(slices) < SMALLEST_SERIES else without_empty(slices)
         skipped["empty or edge slices"] += len(slices) - len(kept)
-        in_order += [replace(scan, series=n) for scan in kept]
+        in_order += kept
     skipped += Counter()  # drops the zeros
     return in_order + [scan for scan in scans if not scan.series]
 

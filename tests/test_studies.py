@@ -291,6 +291,7 @@ def test_a_study_is_read_series_by_series_in_order():
     files = {f"A/{k}": v for k, v in first.items()} | {f"B/C/{k}": v for k, v in second.items()} | junk
     scans, skipped = read_upload([("study.zip", zipped(**files))])
     assert [scan.series for scan in scans] == ["1"] * 6 + ["2"] * 5
+    assert [scan.slice for scan in scans] == [*range(6), *range(5)]
     assert all(np.all(np.diff([scan.position for scan in scans if scan.series == n]) > 0) for n in "12")
     assert skipped == {"files that are no scans": 2}
 
