@@ -683,9 +683,10 @@ def marks_beside(pixels):
     outside = ~ndimage.binary_dilation(spans(head) | spans(head.T).T, iterations=4)
     letters = 0
     for number, place in enumerate(ndimage.find_objects(pieces), 1):
-        piece, (rows, columns) = pieces[place] == number, (p.stop - p.start for p in place)
-        of_size = 0.01 * max(h, w) <= rows <= 0.1 * max(h, w) and columns <= 0.25 * w
-        letters += bool(of_size and outside[place][piece].all() and difference[place][piece].max() > 90)
+        rows, columns = (p.stop - p.start for p in place)
+        if 0.01 * max(h, w) <= rows <= 0.1 * max(h, w) and columns <= 0.25 * w:
+            piece = pieces[place] == number
+            letters += bool(outside[place][piece].all() and difference[place][piece].max() > 90)
     return letters
 
 
@@ -769,6 +770,7 @@ class Finding:
     probabilities: dict[str, float] | None = None
     heat: np.ndarray | None = None  # float32 (14, 14), class activation map of `label`
     reason: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class Classifier:
@@ -848,9 +850,13 @@ class Classifier:
         prepared = prepare(scan.pixels, scan.box)
         outputs = {name: values[0] for name, values in infer(prepared[None]).items()}
         reason = self.why_rejected(scan, prepared, outputs.get("embedding"))
-        return self.finding(reason, outputs["probabilities"], outputs.get("heat"))
+        finding = self.finding(reason, outputs["probabilities"], outputs.get("heat"))
+        if finding.heat is not None and finding.label != NO_TUMOR and outside_head(prepared, finding.heat) > 0.5:
+            return replace(finding, warnings=("The network looked outside the head; the answer may be unreliable.",))
+        return finding
 
     def finding(self, reason, probabilities, heat):
+        """The Finding for the network's outputs for one scan, or for a reason to reject it."""
         if reason:
             return Finding("rejected", reason=reason)
         by_label = {label: float(p) for label, p in zip(self.labels, probabilities)}
@@ -879,6 +885,15 @@ class Classifier:
             return None
         score = float(np.dot(embedding, gate["weights"])) + gate["bias"]
         return None if score >= gate["threshold"] else "This does not look like a slice of a brain MRI."
+
+
+def outside_head(prepared, heat):
+    """The share of the positive heat (14, 14) that lies outside the head in what the network saw, 0 to 1."""
+    _, mask = standing_out(prepared[..., 0])
+    head = spans(mask) & spans(mask.T).T
+    cells = head.reshape(14, SIDE // 14, 14, SIDE // 14).mean((1, 3))
+    warm = np.maximum(heat, 0)
+    return 1 - float((warm * cells).sum() / max(warm.sum(), 1e-6))
 
 
 def read_archive(path):
@@ -1054,7 +1069,7 @@ def scan_entry(upload_id, n, scan, finding):
         "tumor_probability": None if p is None else round(p, 4),
         "probabilities": probabilities,
         "reason": finding.reason,
-        "warnings": list(scan.warnings),
+        "warnings": [*scan.warnings, *finding.warnings],
         "checks": [check._asdict() for check in scan.checks],
         "size": scan.size,
         "kept": scan.pixels.shape[::-1],

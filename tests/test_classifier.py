@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 from conftest import ROOT, encode, phantom
 
-from app import Classifier, Finding, ModelError, Scan, judge, most_probable, prepare, read_archive, read_scans
+from app import (
+    Classifier,
+    Finding,
+    ModelError,
+    Scan,
+    judge,
+    most_probable,
+    outside_head,
+    prepare,
+    read_archive,
+    read_scans,
+)
 
 MODEL = ROOT / "model.keras"
 
@@ -159,6 +170,21 @@ def test_a_plain_keras_model_serves_and_says_that_it_has_no_card(tmp_path):
     path = repack(tmp_path / "model.keras", {"serving.tflite": None, "card.json": None})
     plain = Classifier(path)
     assert (plain.labels, plain.card["plain"]) == (["glioma", "meningioma", "no_tumor", "pituitary"], True)
+
+
+@pytest.mark.parametrize("place, share", [((7, 7), 0.0), ((0, 0), 1.0)])
+def test_heat_outside_the_head_is_told_from_heat_inside(place, share):
+    heat = np.zeros((14, 14), np.float32)
+    heat[place] = 1
+    assert outside_head(prepare(phantom(1)), heat) == pytest.approx(share, abs=0.05)
+
+
+def test_an_answer_from_outside_the_head_carries_a_warning(classifier, monkeypatch):
+    (scan,) = read_scans(encode(phantom(1, lesion=True)), "scan")
+    monkeypatch.setattr("app.outside_head", lambda *_: 0.9)
+    monkeypatch.setattr(classifier, "why_rejected", lambda *_: None)
+    (finding,) = classifier.classify([scan])
+    assert finding.label == "no_tumor" or "outside the head" in finding.warnings[0]
 
 
 def test_the_web_process_does_not_import_tensorflow(tmp_path):
