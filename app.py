@@ -184,7 +184,8 @@ def read_upload(files, limits=LIMITS, plane=None):
     for name, data in unpacked(files, limits):
         left = limits._replace(scans=limits.scans - len(scans), used=used)
         try:
-            found = read_file(data, plain_name(name), left, plane)
+            with quiet():
+                found = read_file(data, plain_name(name), left, plane)
             used += sum(max(math.prod(scan.size), scan.pixels.nbytes) for scan in found)
             scans += found
         except UnreadableScan as excuse:
@@ -252,6 +253,16 @@ def plain_name(name):
 
 def damaged(name):
     return UnreadableScan(f"{name} is damaged or cut off; export it again.")
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without what libraries say about files that are not quite to their standard: it may quote the patient."""
+    for name in ("pydicom", "nibabel"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def read_file(data, name, limits, plane):
@@ -401,19 +412,18 @@ def read_dicom(data, name, limits):
     from pydicom import dcmread
     from pydicom.pixels import pixel_array
 
-    gdcm.Trace.WarningOff()
+    gdcm.Trace.WarningOff()  # as quiet()
     gdcm.Trace.ErrorOff()
     if b"1.2.840.10008.1.2.1.99" in data[:1000]:  # deflated: pydicom would unpack it whole
         size = int.from_bytes(data[140:144], "little")  # of the header before it, which gives its own length
         inflated(data[144 + size :], name, limits, wbits=-15)
     try:
-        with quiet():
-            dataset = dcmread(io.BytesIO(data), force=True)
-            if "PixelData" not in dataset:
-                raise UnreadableScan(f"{name} is a DICOM file without a picture; send the images of the study.")
-            frames = int(dataset.get("NumberOfFrames") or 1)
-            size = int(dataset.Columns), int(dataset.Rows)
-            name_syntax(dataset)
+        dataset = dcmread(io.BytesIO(data), force=True)
+        if "PixelData" not in dataset:
+            raise UnreadableScan(f"{name} is a DICOM file without a picture; send the images of the study.")
+        frames = int(dataset.get("NumberOfFrames") or 1)
+        size = int(dataset.Columns), int(dataset.Rows)
+        name_syntax(dataset)
     except UnreadableScan:
         raise
     except Exception:  # pydicom raises nearly anything on a file that lies
@@ -421,8 +431,7 @@ def read_dicom(data, name, limits):
     check_count(frames, "frames", name, limits)
     check_size(size, name, limits, frames)
     try:
-        with quiet():
-            return [dicom_scan(pixel_array(dataset, index=n), dataset, n, name) for n in range(frames)]
+        return [dicom_scan(pixel_array(dataset, index=n), dataset, n, name) for n in range(frames)]
     except Exception:  # decoding happens here
         syntax = dataset.file_meta.TransferSyntaxUID
         if not syntax.is_encapsulated:
@@ -431,24 +440,16 @@ def read_dicom(data, name, limits):
                              "export it uncompressed (Explicit VR Little Endian).") from None  # fmt: skip
 
 
-@contextlib.contextmanager
-def quiet():
-    """Without what libraries say about files that are not quite to their standard: it may quote the patient."""
-    for name in ("pydicom", "nibabel"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def name_syntax(dataset):
-    """Give a dataset without a file header the transfer syntax in which it was read."""
+    """Give a dataset without a file header the transfer syntax in which it was read; ValueError for an unknown one."""
     from pydicom import uid
 
     if not dataset.file_meta.get("TransferSyntaxUID"):
         implicit, little = dataset.original_encoding
         explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
         dataset.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
+    if not dataset.file_meta.TransferSyntaxUID.is_transfer_syntax:
+        raise ValueError("no transfer syntax")
 
 
 def dicom_scan(frame, dataset, n, name):
@@ -561,21 +562,20 @@ def read_nifti(data, name, limits, plane):
 
     kind = nibabel.Nifti1Image if data[344:347] == b"n+1" else nibabel.Nifti2Image
     try:
-        with quiet():
-            volume = kind.from_bytes(data)
-            several = math.prod(volume.shape[3:])
-            volume = volume.slicer[(..., *[0] * (len(volume.shape) - 3))]
-            x, y, z = volume.shape
-            if limits.used + 8 * x * y * z > limits.unpacked:  # as the library holds it, 8 bytes a voxel
-                raise too_much(name, limits)
-            volume = nibabel.as_closest_canonical(volume)
-            shape, spacing = volume.shape, [float(zoom) for zoom in volume.header.get_zooms()]
-            planes = PLANES if plane == "all" else [plane or PLANES[int(np.argmax(spacing))]]
-            check_count(sum(shape[PLANES.index(p)] for p in planes), "slices", name, limits)
-            for p in planes:
-                across, down = (n for axis, n in enumerate(shape) if axis != PLANES.index(p))
-                check_size((across, down), name, limits)
-            values = np.asarray(volume.dataobj, np.float32)
+        volume = kind.from_bytes(data)
+        several = math.prod(volume.shape[3:])
+        volume = volume.slicer[(..., *[0] * (len(volume.shape) - 3))]
+        x, y, z = volume.shape
+        if limits.used + 8 * x * y * z > limits.unpacked:  # as the library holds it, 8 bytes a voxel
+            raise too_much(name, limits)
+        volume = nibabel.as_closest_canonical(volume)
+        shape, spacing = volume.shape, [float(zoom) for zoom in volume.header.get_zooms()]
+        planes = PLANES if plane == "all" else [plane or PLANES[int(np.argmax(spacing))]]
+        check_count(sum(shape[PLANES.index(p)] for p in planes), "slices", name, limits)
+        for p in planes:
+            across, down = (n for axis, n in enumerate(shape) if axis != PLANES.index(p))
+            check_size((across, down), name, limits)
+        values = np.asarray(volume.dataobj, np.float32)
     except UnreadableScan:
         raise
     except Exception:  # nibabel's parsers as Pillow's: sizes that lie, cut-off data

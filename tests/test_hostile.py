@@ -87,6 +87,15 @@ def test_a_spoilt_file_gives_scans_or_a_sentence(kind):
     check()
 
 
+@pytest.mark.parametrize("syntax", [b"1.2.840.10008.1.2.9", b"1.2.3.4.5.6.7.8.9.1", b"not a syntax at all"])
+def test_an_unknown_transfer_syntax_is_a_sentence(syntax):
+    """Found by fuzz_reading.py."""
+    data = dicom(deep(side=48)).replace(b"1.2.840.10008.1.2.1\0", syntax + b"\0")
+    assert syntax in data
+    with pytest.raises(UnreadableScan, match="damaged or cut off"):
+        read_scans(data, "scan")
+
+
 @settings(max_examples=300, deadline=5000)
 @given(st.binary(max_size=400))
 def test_any_bytes_give_scans_or_a_sentence(data):
