@@ -34,7 +34,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, reduce
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
@@ -673,26 +673,31 @@ def marks_beside(pixels):
     """
     step = max(1, -(-max(pixels.shape) // 320))
     h, w = (n // step for n in pixels.shape)
-    small = pixels[: h * step, : w * step].reshape(h, step, w, step).max((1, 3)).astype(np.int16)
+    blocks = [pixels[i : h * step : step, j : w * step : step] for i in range(step) for j in range(step)]
+    small = reduce(np.maximum, blocks).astype(np.int16)
     margin = np.concatenate([small[:3].ravel(), small[-3:].ravel(), small[:, :3].ravel(), small[:, -3:].ravel()])
     difference = np.abs(small - np.median(margin))
-    pieces, count = ndimage.label(difference > max(25, 0.15 * np.percentile(difference, 99)), np.ones((3, 3)))
-    if count < 2:
-        return 0
-    head = pieces == 1 + np.bincount(pieces.ravel())[1:].argmax()
-    outside = ~ndimage.binary_dilation(spans(head) | spans(head.T).T, iterations=4)
-    letters = 0
+    threshold = max(25, 0.15 * np.percentile(difference[::2, ::2], 99))
+    pieces, _ = ndimage.label(difference > threshold, np.ones((3, 3)))
+    letters = []
     for number, place in enumerate(ndimage.find_objects(pieces), 1):
         rows, columns = (p.stop - p.start for p in place)
         if 0.01 * max(h, w) <= rows <= 0.1 * max(h, w) and columns <= 0.25 * w:
             piece = pieces[place] == number
-            letters += bool(outside[place][piece].all() and difference[place][piece].max() > 90)
-    return letters
+            if difference[place][piece].max() > 90:
+                letters.append((place, piece))
+    if not letters:
+        return 0
+    head = pieces == 1 + np.bincount(pieces.ravel())[1:].argmax()
+    near = ndimage.binary_dilation(spans(head) | spans(head.T).T, iterations=4)
+    return sum(not near[place][piece].any() for place, piece in letters)
 
 
 def spans(mask):
     """A mask (H, W) with every row filled from its first to its last pixel."""
-    return np.maximum.accumulate(mask, 1) & np.maximum.accumulate(mask[:, ::-1], 1)[:, ::-1]
+    first, last = mask.argmax(1)[:, None], mask.shape[1] - 1 - mask[:, ::-1].argmax(1)[:, None]
+    column = np.arange(mask.shape[1])
+    return mask.any(1)[:, None] & (first <= column) & (column <= last)
 
 
 def contrast(pixels):
@@ -1750,7 +1755,9 @@ def cluster(scheduler):
     with contextlib.ExitStack() as stack:
         if scheduler is None:
             cores = os.cpu_count() or 1
-            own = LocalCluster(cores, threads_per_worker=1, dashboard_address=None, silence_logs=logging.ERROR)
+            own = LocalCluster(
+                n_workers=cores, threads_per_worker=1, dashboard_address=None, silence_logs=logging.ERROR
+            )
             scheduler = stack.enter_context(own)
         yield stack.enter_context(Client(scheduler))
 
