@@ -1774,7 +1774,7 @@ def fill(journal, files, columns, client, model, limits):
     Dask does the files of a worker that was killed again elsewhere. A task that kills every worker
     is taken apart, until a single file is left to say so.
     """
-    from distributed import as_completed
+    from distributed import KilledWorker, as_completed
 
     done = finished(journal, columns)
     files = [file for file in files if file.as_posix() not in done]
@@ -1794,6 +1794,10 @@ def fill(journal, files, columns, client, model, limits):
             chunk = of_future.pop(future)
             if future.status == "finished":
                 rows = future.result()
+            elif not isinstance(future.exception(), KilledWorker):
+                raise click.ClickException(
+                    f"The cluster cannot do the work ({type(future.exception()).__name__}); its scheduler and workers "
+                    "have to run this version, with the repository on PYTHONPATH.")  # fmt: skip
             elif len(chunk) > 1:
                 running.update([submit([path]) for path in chunk])
                 continue

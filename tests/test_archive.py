@@ -99,6 +99,14 @@ def test_a_killed_worker_loses_nothing(app, tmp_path):
     assert all(row["verdict"] for row in rows)
 
 
+def test_a_cluster_that_cannot_do_the_work_is_no_fault_of_the_files(app, folder, tmp_path):
+    """No row blames a file; the sentence says what the machines need."""
+    journal, columns = tmp_path / "out.csv", web.columns_of(app.classifier.labels)
+    with web.cluster(None) as client, pytest.raises(web.click.ClickException, match="cannot do the work"):
+        web.fill(journal, web.files_under(folder), columns, client, "missing.keras", web.LIMITS)
+    assert rows_in(journal) == []
+
+
 def test_a_file_that_is_no_table_of_ours_is_not_written_over(app, folder, tmp_path):
     out = tmp_path / "mine.csv"
     out.write_text("a,b,error\n1,2,3\n")
