@@ -1244,7 +1244,12 @@ class Studies:
     def work(self):
         """Do what waits, for ever."""
         while True:
-            run_study(self.classifier, *self.waiting.get())
+            folder, result, scans = self.waiting.get()
+            try:
+                run_study(self.classifier, folder, result, scans)
+            except Exception:  # not even its end could be written; the next study has to run
+                logging.exception("a study could not be ended")
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_study(classifier, folder, result, scans):
@@ -1681,7 +1686,7 @@ def classify_command(paths, out, scheduler):
         table = csv.DictWriter(sys.stdout, columns_of(labels))
         table.writeheader()
         for file in files:
-            table.writerows(answer_files([file], config["MODEL"], limits()))
+            table.writerows(rows_for([file], current_app.classifier, limits()))
         return
     if out.suffix not in (".csv", ".parquet"):
         raise click.BadParameter(f"{out} has to end in .csv or .parquet.")
@@ -1717,8 +1722,12 @@ def worker_classifier(model):
 
 
 def answer_files(paths, model, limits):
+    """The rows of some files, in a worker of a cluster."""
+    return rows_for(paths, worker_classifier(model), limits)
+
+
+def rows_for(paths, classifier, limits):
     """The rows of some files; a thread reads the next files while the network sees the last."""
-    classifier = worker_classifier(model)
     with ThreadPoolExecutor(1) as reader:
         readings = [(path, reader.submit(lambda p: read_scans(p.read_bytes(), p.name, limits), path)) for path in paths]
         return [row for path, reading in readings for row in rows_of(path, reading, classifier)]

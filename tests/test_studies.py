@@ -390,6 +390,24 @@ def test_a_study_that_breaks_says_so_and_the_next_one_works(study_app, monkeypat
     wait_for(study_app, begin(study_app), "done")
 
 
+def test_a_study_that_cannot_even_be_ended_does_not_stop_the_next_one(study_app, monkeypatch):
+    """The disk is full all through the first study."""
+    held_back(study_app, monkeypatch)
+    result = begin(study_app, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr("app.write_result", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        wait_until_gone(study_app, result)
+    wait_for(study_app, begin(study_app, 3), "done")
+
+
+def wait_until_gone(app, result):
+    for _ in range(400):
+        if app.test_client().get(f"/results/{result['id']}").status_code == 404:
+            return
+        time.sleep(0.05)
+    pytest.fail("never gone")
+
+
 def test_a_study_whose_server_was_stopped_has_failed(study_app, monkeypatch):
     held_back(study_app, monkeypatch)
     result = begin(study_app)
