@@ -410,9 +410,23 @@ HEADS = ("HEAD", "BRAIN", "SKULL", "PITUITARY", "ORBIT", "FACE", "IAC")
 
 def read_dicom(data, name, limits):
     """The frames of a DICOM file as scans; of its header only what they look like, and no name or number."""
+    from pydicom.pixels import pixel_array
+
+    dataset, frames = open_dicom(data, name, limits)
+    try:
+        return [dicom_scan(pixel_array(dataset, index=n), dataset, n, name) for n in range(frames)]
+    except Exception:  # decoding happens here
+        syntax = dataset.file_meta.TransferSyntaxUID
+        if not syntax.is_encapsulated:
+            raise damaged(name) from None
+        raise UnreadableScan(f"{name} is compressed as {syntax.name} and cannot be decoded; "
+                             "export it uncompressed (Explicit VR Little Endian).") from None  # fmt: skip
+
+
+def open_dicom(data, name, limits):
+    """(dataset, frames) of a DICOM file with a picture that is no larger than allowed."""
     import gdcm
     from pydicom import dcmread
-    from pydicom.pixels import pixel_array
 
     gdcm.Trace.WarningOff()  # as quiet()
     gdcm.Trace.ErrorOff()
@@ -432,14 +446,7 @@ def read_dicom(data, name, limits):
         raise damaged(name) from None
     check_count(frames, "frames", name, limits)
     check_size(size, name, limits, frames)
-    try:
-        return [dicom_scan(pixel_array(dataset, index=n), dataset, n, name) for n in range(frames)]
-    except Exception:  # decoding happens here
-        syntax = dataset.file_meta.TransferSyntaxUID
-        if not syntax.is_encapsulated:
-            raise damaged(name) from None
-        raise UnreadableScan(f"{name} is compressed as {syntax.name} and cannot be decoded; "
-                             "export it uncompressed (Explicit VR Little Endian).") from None  # fmt: skip
+    return dataset, frames
 
 
 def name_syntax(dataset):
@@ -560,23 +567,13 @@ def dicom_warnings(dataset):
 
 def read_nifti(data, name, limits, plane):
     """The slices of a volume in its closest canonical orientation as scans, seen as radiologists see them."""
-    import nibabel
-
-    kind = nibabel.Nifti1Image if data[344:347] == b"n+1" else nibabel.Nifti2Image
     try:
-        volume = kind.from_bytes(data)
-        several = math.prod(volume.shape[3:])
-        volume = volume.slicer[(..., *[0] * (len(volume.shape) - 3))]
-        x, y, z = volume.shape
-        if limits.used + 8 * x * y * z > limits.unpacked:  # as the library holds it, 8 bytes a voxel
-            raise too_much(name, limits)
-        volume = nibabel.as_closest_canonical(volume)
+        volume, several = open_nifti(data, name, limits)
         shape, spacing = volume.shape, [float(zoom) for zoom in volume.header.get_zooms()]
         planes = PLANES if plane == "all" else [plane or PLANES[int(np.argmax(spacing))]]
         check_count(sum(shape[PLANES.index(p)] for p in planes), "slices", name, limits)
         for p in planes:
-            across, down = (n for axis, n in enumerate(shape) if axis != PLANES.index(p))
-            check_size((across, down), name, limits)
+            check_size([n for axis, n in enumerate(shape) if axis != PLANES.index(p)], name, limits)
         values = np.asarray(volume.dataobj, np.float32)
     except UnreadableScan:
         raise
@@ -589,6 +586,20 @@ def read_nifti(data, name, limits, plane):
         for p in planes
         for scan in slices_across(values, spacing, p, name)
     ]
+
+
+def open_nifti(data, name, limits):
+    """(the first volume of a NIfTI file, its axes towards right, front and top, how many it holds)."""
+    import nibabel
+
+    kind = nibabel.Nifti1Image if data[344:347] == b"n+1" else nibabel.Nifti2Image
+    volume = kind.from_bytes(data)
+    several = math.prod(volume.shape[3:])
+    volume = volume.slicer[(..., *[0] * (len(volume.shape) - 3))]
+    x, y, z = volume.shape
+    if limits.used + 8 * x * y * z > limits.unpacked:  # as the library holds it, 8 bytes a voxel
+        raise too_much(name, limits)
+    return nibabel.as_closest_canonical(volume), several
 
 
 def slices_across(volume, spacing, plane, name):
@@ -759,6 +770,7 @@ def prepare(pixels: np.ndarray, box: tuple[int, int, int, int] | None = None) ->
 NO_TUMOR = "no_tumor"
 CREW = 4  # engines at most for many scans; each takes about 40 MB
 PLAIN_CARD = {"thresholds": {"low": 0.5, "high": 0.5}, "plain": True}  # a model without card.json
+GATE = ("scale", "hidden", "hidden_bias", "weights", "bias", "threshold")
 PLAIN_LABELS = {2: [NO_TUMOR, "tumor"], 4: ["glioma", "meningioma", NO_TUMOR, "pituitary"]}
 
 
@@ -795,9 +807,11 @@ class Classifier:
         """Load the archive and answer once; raises ModelError if that cannot be done."""
         self.path = pathlib.Path(path)
         members = read_archive(self.path)
-        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        self.sha256 = sha256(self.path.read_bytes())
         self.card = read_card(members.get("card.json"), self.path)
         self.threads, self.network = threads, members.get("serving.tflite")
+        if self.network and self.card.get("serving_sha256", sha256(self.network)) != sha256(self.network):
+            raise wrong_model(self.path, "holds another network than the one its card was written for")
         self.lock = threading.Lock()  # engines are not shared between threads
         if self.network:
             self.engine = f"litert-{self.card.get('serving', 'int8')}"
@@ -812,10 +826,7 @@ class Classifier:
         if width != len(self.labels) or NO_TUMOR not in self.labels:
             labels = ", ".join(self.labels) or "unknown"
             raise wrong_model(self.path, f"gives {width} numbers a scan, but its labels are {labels}")
-        gate, embedding = self.card.get("gate"), outputs.get("embedding")
-        if gate and embedding is not None and len(gate["weights"]) != embedding.shape[1]:
-            what = f"has a gate of {len(gate['weights'])} weights for an embedding of {embedding.shape[1]}"
-            raise wrong_model(self.path, what)
+        self.gate = read_gate(self.card.get("gate"), outputs.get("embedding"), self.path)
 
     def infer(self, prepared):
         """Outputs by name for uint8 (N, 224, 224, 3), with all threads, for one caller at a time."""
@@ -878,8 +889,8 @@ class Classifier:
         """A sentence if the picture is no brain MRI, else None.
 
         Blankness, colour and noise (neighbouring pixels that hardly agree) are seen in the
-        picture. For the rest the card holds a line through the network's embedding, drawn
-        between brain MRI and other pictures (outlier exposure, Hendrycks et al. 2019).
+        picture. For the rest the card holds a small network on the embedding, fitted between
+        brain MRI and other pictures (outlier exposure, Hendrycks et al. 2019).
         """
         if contrast(scan.pixels) < 10 or not np.ptp(prepared):
             return "The picture is blank or nearly so."
@@ -887,11 +898,28 @@ class Classifier:
             return "The picture is in strong colours, which no MRI is."
         if np.corrcoef(prepared[:, 1:, 0].ravel(), prepared[:, :-1, 0].ravel())[0, 1] < 0.5:
             return "The picture is noise rather than a scan."
-        gate = self.card.get("gate")
-        if gate is None or embedding is None:
-            return None
-        score = float(np.dot(embedding, gate["weights"])) + gate["bias"]
-        return None if score >= gate["threshold"] else "This does not look like a slice of a brain MRI."
+        if self.gate and gate_score(self.gate, embedding) < self.gate["threshold"]:
+            return "This does not look like a slice of a brain MRI."
+        return None
+
+
+def read_gate(gate, embedding, path):
+    """The gate of a card as arrays, tried on embeddings (N, D); None where there is none."""
+    if not gate or embedding is None:
+        return None
+    try:
+        gate = {name: np.asarray(gate[name], np.float32) for name in GATE}
+        assert gate_score(gate, embedding).shape == embedding.shape[:1]
+    except (AssertionError, ValueError, KeyError, TypeError):
+        raise wrong_model(path, f"has a gate that does not fit an embedding of {embedding.shape[1]}") from None
+    return gate
+
+
+def gate_score(gate, embedding):
+    """How much embeddings (..., D) look like brain MRI, (...,): from gate["threshold"] on they pass."""
+    features = np.log1p(gate["scale"] * embedding)  # the logarithm takes out how loud a picture is
+    hidden = np.maximum(features @ gate["hidden"] + gate["hidden_bias"], 0)
+    return hidden @ gate["weights"] + gate["bias"]
 
 
 def outside_head(prepared, heat):
@@ -916,6 +944,11 @@ def read_archive(path):
             return {name: archive.read(name) for name in names}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
         raise ModelError(f"{path} is cut off or damaged; fetch it again or run Brainmodel.ipynb.") from None
+
+
+def sha256(data):
+    """The SHA-256 of bytes in hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def wrong_model(path, what):
@@ -1358,6 +1391,19 @@ def create_app(overrides=None):
     app.queue = Queue(app.config["MAX_WAITING"])
     app.reading = threading.BoundedSemaphore(os.cpu_count() or 1)  # large pictures take memory to decode
     app.studies = Studies(app.classifier, app.config["MAX_STUDIES"])
+    add_addresses(app)
+    app.register_error_handler(HTTPException, show_error)
+    app.register_error_handler(UnreadableScan, show_unreadable)
+    app.register_error_handler(OSError, show_full)
+    app.before_request(refuse_other_sites)
+    app.after_request(add_headers)
+    app.cli.add_command(classify_command)
+    app.cli.add_command(benchmark_command)
+    return app
+
+
+def add_addresses(app):
+    """Every page and every answer of the API."""
     app.add_url_rule("/", "index", index)
     app.add_url_rule("/", "upload_form", upload_form, methods=["POST"])
     app.add_url_rule("/upload", "upload", upload, methods=["POST"])
@@ -1373,14 +1419,6 @@ def create_app(overrides=None):
     app.add_url_rule("/results/<upload_id>/delete", "delete", delete, methods=["POST"])
     app.add_url_rule("/model", "model_page", model_page)
     app.add_url_rule("/healthz", "healthz", healthz)
-    app.register_error_handler(HTTPException, show_error)
-    app.register_error_handler(UnreadableScan, show_unreadable)
-    app.register_error_handler(OSError, show_full)
-    app.before_request(refuse_other_sites)
-    app.after_request(add_headers)
-    app.cli.add_command(classify_command)
-    app.cli.add_command(benchmark_command)
-    return app
 
 
 def uploads_folder():
@@ -1783,7 +1821,7 @@ def fill(journal, files, columns, client, model, limits):
     Dask does the files of a worker that was killed again elsewhere. A task that kills every worker
     is taken apart, until a single file is left to say so.
     """
-    from distributed import KilledWorker, as_completed
+    from distributed import as_completed
 
     done = finished(journal, columns)
     files = [file for file in files if file.as_posix() not in done]
@@ -1801,21 +1839,29 @@ def fill(journal, files, columns, client, model, limits):
         table = csv.DictWriter(file, columns)
         for future in running:
             chunk = of_future.pop(future)
-            if future.status == "finished":
-                rows = future.result()
-            elif not isinstance(future.exception(), KilledWorker):
-                raise click.ClickException(
-                    f"The cluster cannot do the work ({type(future.exception()).__name__}); its scheduler and workers "
-                    "have to run this version, with the repository on PYTHONPATH.")  # fmt: skip
-            elif len(chunk) > 1:
+            rows = rows_of_task(future, chunk)
+            if rows is None:
                 running.update([submit([path]) for path in chunk])
                 continue
-            else:
-                rows = [{"path": chunk[0].as_posix(), "slices": 1, "error": f"{chunk[0].name} stops what reads it."}]
             table.writerows(rows)
             file.flush()
             bar.update(len(chunk))
             running.update([submit(chunk) for chunk in islice(chunks, 1)])
+
+
+def rows_of_task(future, chunk):
+    """The rows of a task's files; None if it killed its workers and its files are to be tried one by one."""
+    from distributed import KilledWorker
+
+    if future.status == "finished":
+        return future.result()
+    if not isinstance(future.exception(), KilledWorker):
+        raise click.ClickException(
+            f"The cluster cannot do the work ({type(future.exception()).__name__}); its scheduler and workers "
+            "have to run this version, with the repository on PYTHONPATH.")  # fmt: skip
+    if len(chunk) > 1:
+        return None
+    return [{"path": chunk[0].as_posix(), "slices": 1, "error": f"{chunk[0].name} stops what reads it."}]
 
 
 def finished(journal, columns):

@@ -1,6 +1,7 @@
 """The form in a real headless Chromium, as a visitor uses it."""
 
 import os
+import re
 import shutil
 import threading
 
@@ -139,6 +140,15 @@ def answered(page, *files):
     page.get_by_role("button", name="Read the scan").click()
     page.wait_for_url("**/results/*")
     page.wait_for_load_state("networkidle")
+
+
+def test_a_result_prints_on_one_page(page):
+    """On A4 and on Letter, with both pictures and every section."""
+    choose(page, picture("scan.png", encode(phantom(3, lesion=True, side=512))))
+    page.get_by_role("button", name="Read the scan").click()
+    page.wait_for_url("**/results/*")
+    for paper in ("A4", "Letter"):
+        assert len(re.findall(rb"/Type /Page\b", page.pdf(format=paper, print_background=True))) == 1
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, encode, phantom
 
 from app import (
+    GATE,
     Classifier,
     Finding,
     ModelError,
@@ -22,7 +23,9 @@ from app import (
     prepare,
     read_archive,
     read_scans,
+    sha256,
 )
+from model_weights import counter_examples
 
 MODEL = ROOT / "model.keras"
 
@@ -102,12 +105,25 @@ def test_noise_gets_no_diagnosis(classifier):
     assert finding.reason == "The picture is noise rather than a scan."
 
 
-def test_the_gate_rejects_what_lies_on_the_other_side_of_its_line(classifier, monkeypatch):
-    """The card's line decides: moved beyond every embedding, it lets nothing pass."""
-    gate = classifier.card["gate"]
-    monkeypatch.setitem(classifier.card, "gate", gate | {"threshold": 1e9})
+def test_the_gate_rejects_what_lies_below_its_threshold(classifier, monkeypatch):
+    """The card's threshold decides: moved beyond every score, it lets nothing pass."""
+    monkeypatch.setitem(classifier.gate, "threshold", 1e9)
     (finding,) = classifier.classify([Scan(phantom(), "scan.png")])
     assert finding == Finding("rejected", reason="This does not look like a slice of a brain MRI.")
+
+
+@pytest.mark.parametrize("kind", counter_examples.KINDS)
+def test_drawings_get_no_diagnosis(classifier, kind):
+    """Drawings that training has not seen, of kinds that it has; the card has the figures on those it has not."""
+    drawn = [counter_examples.KINDS[kind](np.random.default_rng(seed)) for seed in range(1000, 1010)]
+    findings = classifier.classify([scan for pixels in drawn for scan in read_scans(encode(pixels), "drawn.png")])
+    assert sum(finding.verdict != "rejected" for finding in findings) <= 1
+
+
+@pytest.mark.parametrize("name", ["screenshot.png", "screenshot_many.png"])
+def test_a_picture_of_the_app_itself_gets_no_diagnosis(classifier, name):
+    (finding,) = classifier.classify(read_scans((ROOT / "static" / name).read_bytes(), name))
+    assert (finding.verdict, finding.label, finding.risk, finding.heat) == ("rejected", None, None, None)
 
 
 def test_real_scans_pass_the_gate_and_mostly_get_their_verdict(classifier, real_scans):
@@ -128,13 +144,18 @@ def test_real_scans_pass_the_gate_and_mostly_get_their_verdict(classifier, real_
      "is cut off or damaged; fetch it again or run Brainmodel.ipynb."),
     (lambda path: path.write_bytes(b""), "is cut off or damaged; fetch it again or run Brainmodel.ipynb."),
     (lambda path: repack(path, {"serving.tflite": b"TFL3 but not really"}),
+     "holds another network than the one its card was written for; run Brainmodel.ipynb to write one that fits."),
+    (lambda path: repack(path, {"serving.tflite": b"TFL3 but not really",
+                                "card.json": changed_card(serving_sha256=sha256(b"TFL3 but not really"))}),
      "holds a network that cannot be read; run Brainmodel.ipynb to write one that fits."),
     (lambda path: repack(path, {"card.json": changed_card(labels=["no_tumor", "tumor"])}),
      r"gives 4 numbers a scan, but its labels are no_tumor, tumor; run Brainmodel.ipynb to write one that fits."),
     (lambda path: repack(path, {"card.json": b"{"}),
      "has a card.json that cannot be read; run Brainmodel.ipynb to write one that fits."),
+    (lambda path: repack(path, {"card.json": changed_card(gate=dict.fromkeys(GATE, [[1.0]]))}),
+     "has a gate that does not fit an embedding of 512; run Brainmodel.ipynb to write one that fits."),
     (lambda path: repack(path, {"card.json": changed_card(gate={"weights": [1.0], "bias": 0, "threshold": 0})}),
-     "has a gate of 1 weights for an embedding of 512; run Brainmodel.ipynb to write one that fits."),
+     "has a gate that does not fit an embedding of 512; run Brainmodel.ipynb to write one that fits."),
     (lambda path: repack(path, {"card.json": changed_card(thresholds={"low": 0.1})}),
      "has a card.json that cannot be read; run Brainmodel.ipynb to write one that fits."),
 ])  # fmt: skip
