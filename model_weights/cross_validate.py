@@ -22,8 +22,8 @@ KINDS = ("fold", "joined")  # as the authors made them, and with persons joined
 def typed_scans(path):
     """The scans with a fold and one tumor type: arrays by name, and the names of the types."""
     with np.load(path) as arrays:
-        typed = (arrays["targets"].sum(axis=1) == 1) & (arrays["targets"] @ arrays["without"] == 0)
-        rows = (arrays["fold"] != "") & typed
+        targets, none = arrays["targets"], arrays["labels"] == "no_tumor"
+        rows = (arrays["fold"] != "") & (targets.sum(axis=1) == 1) & ~targets[:, none].any(axis=1)
         scans = {name: arrays[name][rows] for name in ("pixels", "targets", "boxes", "digest", *KINDS)}
         labels = arrays["labels"]
     there = scans["targets"].any(axis=0)

@@ -56,7 +56,8 @@ def picture_at(client, address):
 def test_the_pictures_are_the_scan_and_the_heat_over_it(client, result):
     (scan,) = result["scans"]
     plain, hot = (picture_at(client, scan[key]) for key in ("scan", "heatmap"))
-    assert (plain.size, plain.mode, hot.size, hot.mode) == ((256, 256), "L", (256, 256), "RGB")
+    assert (plain.size, hot.size, hot.mode) == ((256, 256), (256, 256), "RGB")
+    assert not np.ptp(np.asarray(plain.convert("RGB")), axis=2).any()
     assert np.ptp(np.asarray(hot).astype(int), axis=2).max() > 50
 
 
@@ -213,6 +214,13 @@ def test_only_uploads_are_removed(old):
     os.utime(old.parent / "thesis", (0, 0))
     make_app(old.parent)
     assert (old.parent / "thesis").exists()
+
+
+def test_the_scan_is_kept_grey_for_grey(client, send):
+    """What the page shows as the scan has every value that was sent."""
+    pixels = phantom(5, lesion=True)
+    (scan,) = send((encode(pixels), "scan.png")).get_json()["scans"]
+    assert (np.asarray(picture_at(client, scan["scan"]).convert("L")) == pixels).all()
 
 
 def test_nothing_of_the_file_itself_is_kept(app, send):
