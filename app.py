@@ -810,7 +810,8 @@ class Classifier:
         self.sha256 = sha256(self.path.read_bytes())
         self.card = read_card(members.get("card.json"), self.path)
         self.threads, self.network = threads, members.get("serving.tflite")
-        if self.network and self.card.get("serving_sha256", sha256(self.network)) != sha256(self.network):
+        written_for = self.card.get("serving_sha256")  # which an older card lacks
+        if self.network and written_for and written_for != sha256(self.network):
             raise wrong_model(self.path, "holds another network than the one its card was written for")
         self.lock = threading.Lock()  # engines are not shared between threads
         if self.network:
@@ -909,8 +910,9 @@ def read_gate(gate, embedding, path):
         return None
     try:
         gate = {name: np.asarray(gate[name], np.float32) for name in GATE}
-        assert gate_score(gate, embedding).shape == embedding.shape[:1]
-    except (AssertionError, ValueError, KeyError, TypeError):
+        if gate_score(gate, embedding).shape != embedding.shape[:1]:
+            raise ValueError("no score for each embedding")
+    except (ValueError, KeyError, TypeError):
         raise wrong_model(path, f"has a gate that does not fit an embedding of {embedding.shape[1]}") from None
     return gate
 
