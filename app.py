@@ -106,6 +106,7 @@ def configure(app, overrides):
 SIDE = 224  # pixels the network sees, across and down
 KEPT_SIDE = 1024  # a larger picture is reduced to this; the network sees less anyway
 SMALLEST_SIDE = 32
+LONGEST = 16  # times as long as wide, at most
 KINDS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 ACCEPTED = "a DICOM, NIfTI, JPEG, PNG, WEBP, BMP or TIFF file, or a ZIP of them"
 PLANES = ("sagittal", "coronal", "axial")  # across the patient's x, y and z
@@ -143,7 +144,10 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class Scan:
-    """One greyscale picture: pixels uint8 (H, W), where it came from, warnings in plain words."""
+    """One greyscale picture: pixels uint8 (H, W), where it came from, and what its file says against it.
+
+    What takes time to find out is found out when it is first asked for: in a study, by the crew.
+    """
 
     pixels: np.ndarray
     file: str
@@ -156,13 +160,27 @@ class Scan:
     position: float = 0.0  # along the series, in mm where the file says so
     signal: float = 0.0  # range of the stored values, to be compared within a series
     identifiers: dict[str, str] | None = None  # of the study; kept only if the sender asks for it
-    checks: tuple[Check, ...] = ()
-    warnings: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()  # of the file itself, in plain words
 
     @cached_property
     def box(self):
         """Where the head is: head_box() of the pixels."""
         return head_box(self.pixels)
+
+    @cached_property
+    def contrast(self):
+        """Levels of grey: contrast() of the pixels."""
+        return contrast(self.pixels)
+
+    @cached_property
+    def checks(self):
+        """A Check for each thing that a reader of the answer should know about the picture."""
+        return tuple(quality_checks(self))
+
+    @property
+    def warnings(self):
+        """The remarks, and a sentence for each check that failed."""
+        return self.remarks + tuple(check.says for check in self.checks if not check.passed)
 
 
 def read_scans(data: bytes, name: str, limits: Limits = LIMITS, plane: str | None = None) -> list[Scan]:
@@ -271,12 +289,10 @@ def read_file(data, name, limits, plane):
         raise UnreadableScan(f"{name} is empty; choose the file again.", 400)
     data = gunzipped(data, name, limits)
     if data[128:132] == b"DICM" or data[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x08") and b"\x00" in data[2:4]:
-        scans = read_dicom(data, name, limits)
-    elif data[344:347] == b"n+1" or data[4:7] == b"n+2":
-        scans = read_nifti(data, name, limits, plane)
-    else:
-        scans = read_picture(data, name, limits)
-    return [checked(scan) for scan in scans]
+        return read_dicom(data, name, limits)
+    if data[344:347] == b"n+1" or data[4:7] == b"n+2":
+        return read_nifti(data, name, limits, plane)
+    return read_picture(data, name, limits)
 
 
 def gunzipped(data, name, limits):
@@ -314,6 +330,8 @@ def check_size(size, name, limits, pictures=1):
         raise too_much(name, limits)
     if min(size) < SMALLEST_SIDE:
         raise UnreadableScan(f"{shape}, but a scan needs at least {SMALLEST_SIDE} x {SMALLEST_SIDE}.")
+    if max(size) > LONGEST * min(size):
+        raise UnreadableScan(f"{shape}, longer and narrower than any scan; cut it out and send it again.")
 
 
 # Pictures
@@ -393,11 +411,13 @@ def shrink(pixels):
 
 
 def square(pixels, down, across):
-    """Pixels whose spacing is `down` and `across` (mm) resized so that both are the finer one."""
+    """Pixels whose spacing is `down` and `across` (mm) resized so that both are the finer one, within reason."""
     finer = min(down, across)
     if not finer > 0 or not 1.02 < max(down, across) / finer < 10:
         return pixels
     size = (round(pixels.shape[1] * across / finer), round(pixels.shape[0] * down / finer))
+    if max(size) > LONGEST * min(size):
+        return pixels
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
 
 
@@ -480,7 +500,7 @@ def dicom_scan(frame, dataset, n, name):
         position=position,
         signal=float(np.ptp(np.percentile(frame[::4, ::4], (1, 99)))),
         identifiers={key: str(dataset.get(key, "")) for key in IDENTIFIERS},
-        warnings=tuple(dicom_warnings(dataset)),
+        remarks=tuple(dicom_remarks(dataset)),
     )
 
 
@@ -551,7 +571,7 @@ def place_of(header, n):
         return None, float(n if place is None else place)
 
 
-def dicom_warnings(dataset):
+def dicom_remarks(dataset):
     """Yield what the header says against reading the file as a brain MRI."""
     modality, part = (str(dataset.get(key) or "").upper() for key in ("Modality", "BodyPartExamined"))
     if modality and modality != "MR":
@@ -574,15 +594,15 @@ def read_nifti(data, name, limits, plane):
         check_count(sum(shape[PLANES.index(p)] for p in planes), "slices", name, limits)
         for p in planes:
             check_size([n for axis, n in enumerate(shape) if axis != PLANES.index(p)], name, limits)
-        values = np.asarray(volume.dataobj, np.float32)
+        values = np.nan_to_num(np.asarray(volume.dataobj, np.float32))
     except UnreadableScan:
         raise
     except Exception:  # nibabel's parsers as Pillow's: sizes that lie, cut-off data
         raise damaged(name) from None
-    warning = (f"The file holds {several} volumes; the first was read.",) if several > 1 else ()
+    remarks = (f"The file holds {several} volumes; the first was read.",) if several > 1 else ()
     series = secrets.token_hex()
     return [
-        replace(scan, series=f"{series} {p}", warnings=warning)
+        replace(scan, series=f"{series} {p}", remarks=remarks)
         for p in planes
         for scan in slices_across(values, spacing, p, name)
     ]
@@ -648,7 +668,7 @@ def arranged(scans, skipped):
 
 def natural(name):
     """A name's key for sorting: numbers in it by their value."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def without_empty(series):
@@ -658,21 +678,15 @@ def without_empty(series):
     return kept or series
 
 
-def checked(scan):
-    """The scan with its quality checks, and a warning for each that it failed."""
-    checks = tuple(quality_checks(scan))
-    return replace(scan, checks=checks, warnings=scan.warnings + tuple(c.says for c in checks if not c.passed))
-
-
 def quality_checks(scan):
     """Yield a Check for each thing that a reader of the answer should know about the picture."""
     width, height = scan.size
-    small, flat = min(scan.size) < 128, contrast(scan.pixels) < 40
+    small, flat = min(scan.size) < 128, scan.contrast < 40
     coloured, marked = scan.colour > 4, marks_beside(scan.pixels) >= 3
     yield Check("Size", not small, f"The picture is small ({min(scan.size)} pixels); details may be lost."
                 if small else f"{width} x {height} pixels")  # fmt: skip
     yield Check("Contrast", not flat, "The contrast is low; the answer may be unreliable."
-                if flat else f"{contrast(scan.pixels)} of 255 levels of grey")  # fmt: skip
+                if flat else f"{scan.contrast} of 255 levels of grey")  # fmt: skip
     yield Check("Colour", not coloured, "The picture is in colour; it was turned to grey."
                 if coloured else "greyscale")  # fmt: skip
     yield Check("Text", not marked, "There is text or a scale beside the head; see that it names nobody."
@@ -814,6 +828,7 @@ class Classifier:
         if self.network and written_for and written_for != sha256(self.network):
             raise wrong_model(self.path, "holds another network than the one its card was written for")
         self.lock = threading.Lock()  # engines are not shared between threads
+        self.hiring, self.engines = threading.Lock(), None  # of crew()
         if self.network:
             self.engine = f"litert-{self.card.get('serving', 'int8')}"
             self.run = litert(self.network, threads, self.path)
@@ -834,28 +849,28 @@ class Classifier:
         with self.lock:
             return self.run(prepared)
 
-    @cached_property
     def crew(self):
         """Engines for many scans, each with its share of the threads, in a queue of those that are free.
 
         For many scans an engine a core beats one engine on all cores: no core waits for another,
         and each prepares its own next scan. Made when first needed; a single scan needs none.
         """
-        engines = queue.SimpleQueue()
-        if self.network is None:
-            engines.put(self.infer)
-            return engines
-        for _ in range(min(self.threads, CREW)):
-            engines.put(litert(self.network, max(1, self.threads // CREW), self.path))
-        return engines
+        with self.hiring:
+            if self.engines is None:
+                self.engines = queue.SimpleQueue()
+                for _ in range(1 if self.network is None else max(1, min(self.threads, CREW))):
+                    share = max(1, self.threads // CREW)
+                    self.engines.put(litert(self.network, share, self.path) if self.network else self.infer)
+            return self.engines
 
     def infer_beside(self, prepared):
         """As infer(), with one of the crew, while the others work on other scans."""
-        engine = self.crew.get()
+        crew = self.crew()
+        engine = crew.get()
         try:
             return engine(prepared)
         finally:
-            self.crew.put(engine)
+            crew.put(engine)
 
     def classify(self, scans: list[Scan]) -> list[Finding]:
         """A Finding for each scan, in order; one scan alone has all threads."""
@@ -893,7 +908,7 @@ class Classifier:
         picture. For the rest the card holds a small network on the embedding, fitted between
         brain MRI and other pictures (outlier exposure, Hendrycks et al. 2019).
         """
-        if contrast(scan.pixels) < 10 or not np.ptp(prepared):
+        if scan.contrast < 10 or not np.ptp(prepared):
             return "The picture is blank or nearly so."
         if scan.colour > 40:
             return "The picture is in strong colours, which no MRI is."
@@ -926,9 +941,9 @@ def gate_score(gate, embedding):
 
 def outside_head(prepared, heat):
     """The share of the positive heat (14, 14) that lies outside the head in what the network saw, 0 to 1."""
-    _, mask = standing_out(prepared[..., 0])
+    _, mask = standing_out(prepared[::2, ::2, 0])
     head = spans(mask) & spans(mask.T).T
-    cells = head.reshape(14, SIDE // 14, 14, SIDE // 14).mean((1, 3))
+    cells = head.reshape(14, SIDE // 28, 14, SIDE // 28).mean((1, 3))
     warm = np.maximum(heat, 0)
     return 1 - float((warm * cells).sum() / max(warm.sum(), 1e-6))
 
@@ -1206,11 +1221,14 @@ def heat_palette():
     return np.stack(channels, axis=1).round().astype(np.uint8)
 
 
+GONE = "There is no such result (any more); results are removed after a time."
+
+
 def find_upload(uploads, upload_id, hours):
     """The folder of an upload; 404 if there is none, or it is older than `hours` and to be removed."""
     folder = uploads / upload_id
     if not ID.fullmatch(upload_id) or not (folder / "result.json").is_file() or is_old(folder, hours):
-        abort(404, "There is no such result (any more); results are removed after a time.")
+        abort(404, GONE)
     return folder
 
 
@@ -1268,7 +1286,7 @@ class Studies:
 
     def start(self, uploads, scans, model, **more):
         """Begin a study; returns its result so far. Raises queue.Full if too many wait."""
-        result = new_result(model, total=len(scans), worker=os.getpid(), **more)
+        result = new_result(model, total=len(scans), worker=this_process(), **more)
         folder = uploads / result["id"]
         folder.mkdir(parents=True)  # as in save()
         write_result(folder, result)
@@ -1291,7 +1309,18 @@ class Studies:
 
 
 def run_study(classifier, folder, result, scans):
-    """Classify the scans of a study, writing what is there every half second, until done, cancelled or deleted."""
+    """Answer a study, whatever happens to it meanwhile; one that failed says so."""
+    try:
+        answer_study(classifier, folder, result, scans)
+    except FileNotFoundError:  # deleted meanwhile
+        shutil.rmtree(folder, ignore_errors=True)
+    except Exception:
+        logging.exception("a study failed")
+        end_study(folder, result, "failed", error="Something went wrong on the server; send the study again.")
+
+
+def answer_study(classifier, folder, result, scans):
+    """Classify the scans of a study, writing what is there every half second, until done or cancelled."""
 
     def answer(numbered):
         n, scan = numbered
@@ -1299,27 +1328,21 @@ def run_study(classifier, folder, result, scans):
         keep_scan(folder / str(n), scan, finding)
         return scan_entry(result["id"], n, scan, finding)
 
-    try:
-        with crew_of_threads() as pool:
-            written = time.monotonic()
-            for entry in pool.imap(answer, enumerate(scans)):
-                result["scans"].append(entry)
-                result["progress"] = round(len(result["scans"]) / len(scans), 3)
-                if (folder / "cancel").exists():
-                    break
-                if time.monotonic() > written + 0.5:
-                    write_result(folder, result)
-                    written = time.monotonic()
-        if (folder / "cancel").exists():
-            end_study(folder, result, "cancelled")
-        else:
-            study = study_answer(result["scans"], classifier.card)
-            write_result(folder, result | {"status": "done", "progress": 1.0, "study": study})
-    except FileNotFoundError:  # deleted meanwhile
-        shutil.rmtree(folder, ignore_errors=True)
-    except Exception:
-        logging.exception("a study failed")
-        end_study(folder, result, "failed", error="Something went wrong on the server; send the study again.")
+    with crew_of_threads() as pool:
+        written = time.monotonic()
+        for entry in pool.imap(answer, enumerate(scans)):
+            result["scans"].append(entry)
+            result["progress"] = round(len(result["scans"]) / len(scans), 3)
+            if (folder / "cancel").exists():
+                break
+            if time.monotonic() > written + 0.5:
+                write_result(folder, result)
+                written = time.monotonic()
+    if (folder / "cancel").exists():
+        end_study(folder, result, "cancelled")
+    else:
+        study = study_answer(result["scans"], classifier.card)
+        write_result(folder, result | {"status": "done", "progress": 1.0, "study": study})
 
 
 @contextlib.contextmanager
@@ -1445,17 +1468,9 @@ def model_summary():
 def receive():
     """Read, classify and store the files of this request; returns the result.
 
-    Aborts with 400 (no file, too many), 413, 503; raises UnreadableScan for a bad file.
+    Aborts as sent(), and with 413 and 503; raises UnreadableScan for a bad file.
     """
-    files = [file for file in request.files.getlist("file") if file.filename]
-    if not files:
-        abort(400, "No file was chosen; choose a scan and send it again.")
-    most = current_app.config["MAX_FILES"]
-    if len(files) > most:
-        abort(400, f"{len(files)} files were sent, but at most {most} are read at once.")
-    plane = request.form.get("plane") or None
-    if plane not in (None, "all", *PLANES):
-        abort(400, f"The plane has to be {', '.join(PLANES)} or all.")
+    files, plane = sent()
     waiting = current_app.queue
     with waiting.places(len(files)):
         named = [(file.filename, file.read()) for file in files]
@@ -1471,12 +1486,27 @@ def receive():
             return save(uploads_folder(), scans, findings, model_summary(), card, skipped=skipped)
 
 
+def sent():
+    """(files, plane or None) of this request; aborts with 400 without a file, with too many, or for another plane."""
+    files = [file for file in request.files.getlist("file") if file.filename]
+    if not files:
+        abort(400, "No file was chosen; choose a scan and send it again.")
+    most = current_app.config["MAX_FILES"]
+    if len(files) > most:
+        abort(400, f"{len(files)} files were sent, but at most {most} are read at once.")
+    plane = request.form.get("plane") or None
+    if plane not in (None, "all", *PLANES):
+        abort(400, f"The plane has to be {', '.join(PLANES)} or all.")
+    return files, plane
+
+
 def begin_study(scans, skipped):
     """Have the scans classified by and by; returns the result so far."""
     try:
-        return current_app.studies.start(uploads_folder(), scans, model_summary(), skipped=skipped)
+        result = current_app.studies.start(uploads_folder(), scans, model_summary(), skipped=skipped)
     except queue.Full:
         abort(503, "The server is busy with other studies; try again in a minute.", retry_after=60)
+    return {key: value for key, value in result.items() if key != "worker"}
 
 
 def index():
@@ -1503,10 +1533,24 @@ def found(upload_id):
 def load_result(upload_id):
     """The result of an upload; a study whose worker has died has failed."""
     result = json.loads((found(upload_id) / "result.json").read_text())
-    if result["status"] == "running" and not psutil.pid_exists(result["worker"]):
+    if result["status"] == "running" and not is_alive(result["worker"]):
         result |= {"status": "failed", "error": "The server was stopped while it read; send the study again."}
     result.pop("worker", None)
     return result
+
+
+def this_process():
+    """The number of this process and when it began: after a restart the number alone may be another's."""
+    return [os.getpid(), psutil.Process().create_time()]
+
+
+def is_alive(process):
+    """Whether a process as this_process() names it still runs."""
+    number, began = process
+    try:
+        return psutil.Process(number).create_time() == began
+    except psutil.Error:
+        return False
 
 
 def result_page(upload_id):
@@ -1669,7 +1713,9 @@ def show_unreadable(error):
 
 
 def show_full(error):
-    """The disk is full, read-only or away."""
+    """The disk is full, read-only or away; or what was asked for has been removed since it was found."""
+    if isinstance(error, FileNotFoundError) and "upload_id" in (request.view_args or {}):
+        return answer_error(404, GONE)
     current_app.logger.error("a result could not be kept: %s", error.strerror)
     return answer_error(503, "The server cannot keep results at the moment; try again later.", [("Retry-After", "60")])
 
@@ -1734,16 +1780,21 @@ def classify_command(paths, out, scheduler):
         return
     if out.suffix not in (".csv", ".parquet"):
         raise click.BadParameter(f"{out} has to end in .csv or .parquet.")
-    journal = out.with_suffix(".csv")
+    journal = out.with_suffix(".journal.csv") if out.suffix == ".parquet" else out
     with cluster(scheduler) as client:
         fill(journal, files, columns_of(labels), client, config["MODEL"], limits())
     write_studies(journal, out.with_suffix(".studies.csv"), card)
     if out.suffix == ".parquet":
-        from pyarrow import csv as arrow_csv
-        from pyarrow import parquet
+        turn_to_parquet(journal, out)
 
-        parquet.write_table(arrow_csv.read_csv(journal), out)
-        journal.unlink()
+
+def turn_to_parquet(journal, out):
+    """Write the rows of `journal` as Parquet in its stead."""
+    from pyarrow import csv as arrow_csv
+    from pyarrow import parquet
+
+    parquet.write_table(arrow_csv.read_csv(journal), out)
+    journal.unlink()
 
 
 def files_under(path):
@@ -1778,11 +1829,18 @@ def rows_for(paths, classifier, limits):
 
 
 def rows_of(path, reading, classifier):
-    """A row for each slice of a file, or one that says why there is none."""
+    """A row for each slice of a file, or one that says why there is none: no file ends the work."""
     try:
-        scans = reading.result()
+        return rows_of_scans(path, reading.result(), classifier)
     except (UnreadableScan, OSError) as error:
-        return [{"path": path.as_posix(), "slices": 1, "error": str(error)}]
+        sentence = str(error)
+    except Exception as error:
+        sentence = f"{path.name} cannot be classified ({type(error).__name__}); please report it."
+    return [{"path": path.as_posix(), "slices": 1, "error": sentence}]
+
+
+def rows_of_scans(path, scans, classifier):
+    """A row for each scan of a file."""
     rows = []
     for n, scan in enumerate(scans):
         entry = scan_entry("", n, scan, classifier.classify([scan])[0])
@@ -1797,22 +1855,23 @@ def rows_of(path, reading, classifier):
 
 def study_of(scan, path):
     """A name for the study of a scan that is no name: a hash for DICOM, the path for a volume, else nothing."""
-    if scan.identifiers:
+    if scan.identifiers and scan.identifiers["StudyInstanceUID"]:
         return hashlib.sha256(scan.identifiers["StudyInstanceUID"].encode()).hexdigest()[:16]
     return path.as_posix() if scan.series else ""
 
 
 @contextlib.contextmanager
-def cluster(scheduler):
-    """A Dask client of the scheduler at an address, or of a cluster of its own with a process a core."""
+def cluster(scheduler, workers=None):
+    """A Dask client of the scheduler at an address, or of a cluster of its own, with a process a core or so many."""
+    import dask
     from distributed import Client, LocalCluster
 
     with contextlib.ExitStack() as stack:
         if scheduler is None:
-            cores = os.cpu_count() or 1
-            own = LocalCluster(
-                n_workers=cores, threads_per_worker=1, dashboard_address=None, silence_logs=logging.ERROR
-            )
+            # Dask's profiler would look at every worker a hundred times a second, for a dashboard that is off.
+            stack.enter_context(dask.config.set({"distributed.worker.profile.enabled": False}))
+            processes = {"n_workers": workers or os.cpu_count(), "threads_per_worker": 1}
+            own = LocalCluster(**processes, dashboard_address=None, silence_logs=logging.ERROR)
             scheduler = stack.enter_context(own)
         yield stack.enter_context(Client(scheduler))
 
@@ -1822,15 +1881,25 @@ TASKS_A_WORKER = 3  # sent ahead, so that none waits for the next; more would on
 
 
 def fill(journal, files, columns, client, model, limits):
-    """Append the rows of the files that `journal` has not yet, whole files at a time, in any order.
+    """Append the rows of the files that `journal` has not yet, whole files at a time, in any order."""
+    done = finished(journal, columns)
+    files = [file for file in files if file.as_posix() not in done]
+    with open(journal, "a", newline="") as file, tqdm(total=len(files), unit="file", mininterval=1) as bar:
+        table = csv.DictWriter(file, columns)
+        for chunk, rows in answered(files, client, model, limits):
+            table.writerows(rows)
+            file.flush()
+            bar.update(len(chunk))
+
+
+def answered(files, client, model, limits):
+    """Yield (files, their rows) as a cluster has them ready, a few files at a time.
 
     Dask does the files of a worker that was killed again elsewhere. A task that kills every worker
     is taken apart, until a single file is left to say so.
     """
     from distributed import as_completed
 
-    done = finished(journal, columns)
-    files = [file for file in files if file.as_posix() not in done]
     chunks = iter([files[n : n + FILES_A_TASK] for n in range(0, len(files), FILES_A_TASK)])
     of_future = {}
 
@@ -1841,17 +1910,13 @@ def fill(journal, files, columns, client, model, limits):
 
     ahead = TASKS_A_WORKER * max(1, len(client.scheduler_info()["workers"]))
     running = as_completed([submit(chunk) for chunk in islice(chunks, ahead)])
-    with open(journal, "a", newline="") as file, tqdm(total=len(files), unit="file", mininterval=1) as bar:
-        table = csv.DictWriter(file, columns)
-        for future in running:
-            chunk = of_future.pop(future)
-            rows = rows_of_task(future, chunk)
-            if rows is None:
-                running.update([submit([path]) for path in chunk])
-                continue
-            table.writerows(rows)
-            file.flush()
-            bar.update(len(chunk))
+    for future in running:
+        chunk = of_future.pop(future)
+        rows = rows_of_task(future, chunk)
+        if rows is None:
+            running.update([submit([path]) for path in chunk])
+        else:
+            yield chunk, rows
             running.update([submit(chunk) for chunk in islice(chunks, 1)])
 
 
@@ -1877,8 +1942,10 @@ def finished(journal, columns):
             csv.DictWriter(file, columns).writeheader()
         return set()
     with open(journal, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["error"] is not None]  # the last column: else cut off
-    if rows and list(rows[0]) != columns:
+        table = csv.DictReader(file)
+        ours = table.fieldnames in (None, columns)
+        rows = [row for row in table if row["error"] is not None] if ours else []  # the last column: else cut off
+    if not ours:
         raise click.ClickException(f"{journal} has other columns; move it away, or name another file.")
     count = Counter(row["path"] for row in rows)
     whole = [row for row in rows if count[row["path"]] == int(row["slices"])]
@@ -1931,14 +1998,17 @@ def benchmark_command(path, rounds, scans):
                 p50, p95 = np.quantile(seconds, (0.5, 0.95))
                 ratio = f"   {p50 / floor:.2f} x the bare interpreter" if name.startswith("one") else ""
                 click.echo(f"{name:24} p50 {1000 * p50:6.1f}   p95 {1000 * p95:6.1f} ms{ratio}")
-            batch = read_scans(data, "scan") * 64
-            seconds = timed({"batch": lambda: classifier.classify(batch)}, min(rounds, 3))["batch"]
+            batch = read_scans(data, "scan")[:1] * 64
+            seconds = timed({"batch": lambda: classifier.classify(list(map(replace, batch)))}, min(rounds, 3))["batch"]
             click.echo(f"64 scans at once {64 / np.median(seconds):25.1f} scans a second")
             memory = psutil.Process(process.pid).memory_info
             before = memory().rss / 2**20
             for _ in range(scans):
                 send()
             click.echo(f"memory, after {scans} more {before:12.1f}, {memory().rss / 2**20:.1f} MiB")
+            if many := min(150, scans):
+                seconds = timed({"study": study(address, data, many)}, min(rounds, 3))["study"]
+                click.echo(f"a study of {many:3}, as a ZIP {many / np.median(seconds):17.1f} scans a second")
 
 
 def drawn_head(side=512):
@@ -1962,7 +2032,8 @@ def parts_of_an_upload(classifier, data, folder):
     return {
         "  decode": lambda: read_scans(data, "scan"),
         "  prepare": lambda: prepare(scan.pixels),
-        "  network and verdict": lambda: classifier.classify([scan]),
+        "  checks": lambda: replace(scan).checks,  # a new scan, of which nothing is known yet
+        "  network and verdict": lambda: classifier.classify([replace(scan)]),
         "  store": lambda: save(folder, [scan], [finding], {}, classifier.card),
         "heatmap, when asked for": lambda: png_of(heatmap_of(kept)),
         "bare interpreter": lambda: classifier.infer(prepared),
@@ -1992,6 +2063,32 @@ def sender(address, data):
     return lambda: urllib.request.urlopen(urllib.request.Request(address, body, kind)).read()
 
 
+def study(address, data, count):
+    """A function that sends a ZIP of so many copies of a scan to `address` and waits for the end of their study."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for n in range(count):
+            archive.writestr(f"{n}", data)
+    send = sender(address, file.getvalue())
+
+    def run():
+        try:
+            result = json.loads(send())
+        except urllib.error.HTTPError as error:
+            raise answered_with(error) from None
+        while result["status"] == "running":
+            time.sleep(0.2)
+            result = json.load(urllib.request.urlopen(f"{address.removesuffix('upload')}results/{result['id']}.json"))
+        if result["status"] != "done":
+            raise click.ClickException(f"The study ended as {result['status']}.")
+
+    return run
+
+
+def answered_with(error):
+    return click.ClickException(f"The server answered {error.code} {error.reason}.")
+
+
 def wait_for(send, patience=60):
     """Seconds until send() was answered; raises ClickException after `patience` seconds."""
     start = time.monotonic()
@@ -2000,7 +2097,7 @@ def wait_for(send, patience=60):
             send()
             return time.monotonic() - start
         except urllib.error.HTTPError as error:
-            raise click.ClickException(f"The server answered {error.code} {error.reason}.") from None
+            raise answered_with(error) from None
         except urllib.error.URLError:  # it does not listen yet
             time.sleep(0.01)
     raise click.ClickException(f"The server gave no answer within {patience} seconds; does `flask run` start?")

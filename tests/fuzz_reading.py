@@ -13,7 +13,7 @@ import atheris
 
 with atheris.instrument_imports(include=["app", "PIL", "pydicom", "nibabel", "zipfile"]):
     from conftest import ROOT  # noqa: F401  (puts the app on the path)
-    from test_hostile import SEEDS
+    from test_hostile import SEEDS, seen
 
     from app import Limits, UnreadableScan, read_scans
 
@@ -23,7 +23,8 @@ LIMITS = Limits(pixels=1_000_000, scans=64, files=64, unpacked=2**23)
 def read(data):
     """One input of the fuzzer; a sentence is as good as a scan."""
     try:
-        read_scans(data, "scan", LIMITS)
+        for scan in read_scans(data, "scan", LIMITS):
+            seen(scan)
     except UnreadableScan as error:
         assert str(error).endswith("."), error
 

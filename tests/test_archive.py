@@ -74,7 +74,7 @@ def test_the_answers_are_those_of_the_app(app, real_scans, tmp_path):
     (finding,) = web.Classifier(app.config["MODEL"], 2).classify([scan])
     assert row["verdict"] == finding.verdict
     assert row["tumor_probability"] == pytest.approx(finding.tumor_probability, abs=1e-4)
-    assert not (tmp_path / "one.csv").exists()
+    assert sorted(path.name for path in tmp_path.glob("one*")) == ["one.parquet", "one.studies.csv"]
 
 
 def test_a_killed_worker_loses_nothing(app, tmp_path):
@@ -107,13 +107,30 @@ def test_a_cluster_that_cannot_do_the_work_is_no_fault_of_the_files(app, folder,
     assert rows_in(journal) == []
 
 
-def test_a_file_that_is_no_table_of_ours_is_not_written_over(app, folder, tmp_path):
+@pytest.mark.parametrize("text", ["a,b,error\n1,2,3\n", "a,b,error\n1,2\n", "a,b\n1,2\n"])
+def test_a_file_that_is_no_table_of_ours_is_not_written_over(app, folder, tmp_path, text):
     out = tmp_path / "mine.csv"
-    out.write_text("a,b,error\n1,2,3\n")
+    out.write_text(text)
     run = app.test_cli_runner().invoke(args=["classify", str(folder), "--out", str(out)])
     assert run.exit_code == 1 and "has other columns; move it away" in run.output
-    assert out.read_text() == "a,b,error\n1,2,3\n"
+    assert out.read_text() == text
 
+
+def test_parquet_leaves_a_csv_of_the_same_name_alone(app, folder, tmp_path):
+    (tmp_path / "results.csv").write_text("mine")
+    classify(app, folder / "0.png", "--out", tmp_path / "results.parquet")
+    assert (tmp_path / "results.csv").read_text() == "mine"
+
+
+def test_a_file_that_nobody_foresaw_is_a_row(app, folder, monkeypatch):
+    monkeypatch.setattr("app.read_scans", lambda *_: 1 / 0)
+    (row,) = web.rows_for([folder / "0.png"], app.classifier, web.LIMITS)
+    assert row["error"] == "0.png cannot be classified (ZeroDivisionError); please report it."
+
+
+def test_files_that_name_no_study_are_not_one_study(tmp_path):
+    scan = web.Scan(phantom(), "a", series="1", identifiers={"StudyInstanceUID": ""})
+    assert web.study_of(scan, tmp_path / "a") != web.study_of(scan, tmp_path / "b")
 
 def test_an_ending_that_is_unknown_is_refused(app, folder, tmp_path):
     run = app.test_cli_runner().invoke(args=["classify", str(folder), "--out", str(tmp_path / "out.xls")])

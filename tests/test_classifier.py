@@ -204,8 +204,9 @@ def test_an_answer_from_outside_the_head_carries_a_warning(classifier, monkeypat
     (scan,) = read_scans(encode(phantom(1, lesion=True)), "scan")
     monkeypatch.setattr("app.outside_head", lambda *_: 0.9)
     monkeypatch.setattr(classifier, "why_rejected", lambda *_: None)
+    monkeypatch.setattr("app.most_probable", lambda *_: "glioma")
     (finding,) = classifier.classify([scan])
-    assert finding.label == "no_tumor" or "outside the head" in finding.warnings[0]
+    assert "outside the head" in finding.warnings[0]
 
 
 def test_the_web_process_does_not_import_tensorflow(tmp_path):

@@ -82,7 +82,7 @@ def test_a_spoilt_file_gives_scans_or_a_sentence(kind):
         except UnreadableScan as error:
             assert str(error).endswith(".") and error.status in (400, 413, 415)
         else:
-            assert all(scan.pixels.dtype == np.uint8 and min(scan.pixels.shape) >= 1 for scan in scans)
+            assert all(seen(scan).shape == (224, 224, 3) for scan in scans)
 
     check()
 
@@ -100,9 +100,16 @@ def test_an_unknown_transfer_syntax_is_a_sentence(syntax):
 @given(st.binary(max_size=400))
 def test_any_bytes_give_scans_or_a_sentence(data):
     try:
-        read_scans(data, "scan")
+        for scan in read_scans(data, "scan"):
+            seen(scan)
     except UnreadableScan as error:
         assert str(error).endswith(".")
+
+
+def seen(scan):
+    """What the network sees of a scan, and all that is found out about it."""
+    assert scan.pixels.dtype == np.uint8 and isinstance(scan.warnings, tuple)
+    return web.prepare(scan.pixels, scan.box)
 
 
 def bomb_of(kind, size=80 * 2**20):

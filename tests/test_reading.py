@@ -82,6 +82,8 @@ def test_only_the_last_part_of_a_name_is_kept(name, kept):
          "export the scan as one of these."),
     (encode(np.zeros((20, 300), np.uint8)), 415,
      "scan has 300 x 20 pixels, but a scan needs at least 32 x 32."),
+    (encode(np.zeros((32, 600), np.uint8)), 415,
+     "scan has 600 x 32 pixels, longer and narrower than any scan; cut it out and send it again."),
     (encode(np.zeros((8000, 8000), bool)), 413,
      "scan has 8000 x 8000 pixels, more than the 50,000,000 allowed; send it smaller."),
 ])  # fmt: skip

@@ -166,13 +166,23 @@ def answered(send):
 
 def test_benchmark_prints_every_line(app, tmp_path):
     (tmp_path / "scan.jpg").write_bytes(SCAN)
+    app.config["MAX_AT_ONCE"] = 1  # of the server that it starts as well: two scans are a study
     run = app.test_cli_runner().invoke(args=["benchmark", str(tmp_path / "scan.jpg"), "--rounds", "1", "--scans", "2"])
     assert run.exit_code == 0, run.output
-    for line in ("start to first answer", "one upload, end to end", "decode", "prepare", "network and verdict", "store",
-                 "heatmap, when asked for", "bare interpreter", "64 scans at once", "memory, after 2 more"):
+    for line in ("start to first answer", "one upload, end to end", "decode", "prepare", "checks",
+                 "network and verdict", "store", "heatmap, when asked for", "bare interpreter", "64 scans at once",
+                 "memory, after 2 more", "a study of   2, as a ZIP"):  # fmt: skip
         assert line in run.output
 
 
 def test_benchmark_measures_a_drawn_head_where_no_scan_is_given():
     (scan,) = web.read_scans(web.drawn_head(), "drawn")
     assert scan.pixels.shape == (512, 512) and web.contrast(scan.pixels) > 100
+
+
+def test_the_crew_is_hired_once_however_many_ask(monkeypatch):
+    classifier, hired = web.Classifier(ROOT / "model.keras", threads=2), []
+    monkeypatch.setattr("app.litert", lambda *_: time.sleep(0.05) or hired.append(1))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: classifier.crew(), range(8)))
+    assert len(hired) == 2

@@ -17,6 +17,7 @@ from pydicom import uid
 from pydicom.data import get_testdata_file
 from pydicom.sequence import Sequence
 
+import app as web
 from app import Limits, UnreadableScan, prepare, read_scans, read_upload, study_answer
 
 ORIENTATIONS = {"axial": [1, 0, 0, 0, 1, 0], "coronal": [1, 0, 0, 0, 0, -1], "sagittal": [0, 1, 0, 0, 0, -1]}
@@ -275,6 +276,21 @@ def test_empty_slices_of_a_volume_are_skipped_and_counted():
     assert [scan.slice for scan in scans] == list(range(scans[0].slice, scans[-1].slice + 1))
 
 
+def test_a_volume_without_values_outside_the_head_loses_no_slice():
+    """Masked volumes hold NaN there, which is neither more nor less than anything."""
+    image = nibabel.Nifti1Image.from_bytes(volume())
+    values = image.get_fdata(dtype=np.float32)
+    masked = np.where(values == 0, np.nan, values)
+    found = [read_upload([("head.nii", nibabel.Nifti1Image(v, image.affine).to_bytes())], plane="axial")
+             for v in (values, masked)]
+    assert found[0][1] == found[1][1]
+
+
+def test_a_study_in_files_with_strange_numbers_in_their_names_is_read():
+    files = [(data, f"IM{digit}") for data, digit in zip(series(3).values(), "²①٣")]
+    assert len(read_upload([(name, data) for data, name in files])[0]) == 3
+
+
 def test_of_several_volumes_the_first_is_read_with_a_warning():
     (scan, *_) = read_scans(volume((160, 160, 40), extra=(3,)), "dwi.nii", plane="axial")
     assert scan.warnings[0] == "The file holds 3 volumes; the first was read."
@@ -363,6 +379,23 @@ def test_a_large_study_is_answered_at_once_and_fills(study_app, monkeypatch):
     assert "http-equiv" not in page and "highest tumor probabilities" in page
 
 
+def test_a_process_is_told_from_a_later_one_of_the_same_number():
+    """In a container every server has the same number; after a restart its study must not seem to be at work."""
+    number, began = web.this_process()
+    assert web.is_alive((number, began)) and not web.is_alive((number, began - 60)) and not web.is_alive((0, began))
+
+
+def test_nothing_of_the_server_is_in_the_answer(study_app):
+    assert "worker" not in begin(study_app)
+
+
+def test_a_study_deleted_twice_at_once_is_not_found(study_app, monkeypatch):
+    result = wait_for(study_app, begin(study_app, 3), "done")
+    monkeypatch.setattr("app.found", lambda upload_id: pathlib.Path(study_app.config["UPLOADS"]) / "gone")
+    response = study_app.test_client().post(f"/results/{result['id']}/delete")
+    assert response.status_code == 404 and "no such result" in response.text
+
+
 def test_a_cancelled_study_leaves_nothing_behind(study_app, monkeypatch):
     held_back(study_app, monkeypatch)
     result = begin(study_app, 12)
@@ -411,7 +444,7 @@ def wait_until_gone(app, result):
 def test_a_study_whose_server_was_stopped_has_failed(study_app, monkeypatch):
     held_back(study_app, monkeypatch)
     result = begin(study_app)
-    monkeypatch.setattr("app.psutil.pid_exists", lambda pid: False)
+    monkeypatch.setattr("app.is_alive", lambda process: False)
     now = study_app.test_client().get(f"/results/{result['id']}.json").get_json()
     assert (now["status"], now["error"]) == ("failed", "The server was stopped while it read; send the study again.")
 
