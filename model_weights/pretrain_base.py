@@ -220,7 +220,7 @@ class Draws(keras.utils.PyDataset):
     """One epoch of augmented training batches, drawn by weight; the same for the same seed and epoch."""
 
     def __init__(self, part, pixels, draws, batch, seed):
-        super().__init__()
+        super().__init__(workers=2)
         self.part, self.pixels, self.batch, self.seed = part, pixels, batch, seed
         rng = np.random.default_rng(seed)
         self.rows = rng.choice(len(part["draw"]), draws, p=part["draw"] / part["draw"].sum())
@@ -381,13 +381,14 @@ def load_branches(model, arrays):
 def load_folded(model, path, pictures):
     """Set the 3x3 branches of a model without points from a plain VGG19 weights file.
 
-    Each norm takes the moments of some pictures (N, S, S) uint8, so that the base answers as the plain one does.
+    Each norm takes the moments of some pictures (N, S, S) uint8, and each layer gives maps whose mean square is 1, so
+    that one rate suits any file: ImageNet's maps reach hundreds. Returns the factor by which the base's answers differ.
     """
     try:
         plain = keras.applications.VGG19(include_top=False, weights=path)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path} cannot be read as the weights of VGG19: {error}.") from None
-    x = ops.convert_to_tensor(network_input(pictures))
+    x, factor = ops.convert_to_tensor(network_input(pictures)), 1.0  # x: factor times what the plain base has there
     last = model.layers.index(branched_layers(model)[-1])
     for layer in model.layers[1:last + 1]:
         if isinstance(layer, BranchedConvolution):
@@ -397,10 +398,14 @@ def load_folded(model, path, pictures):
                 kernel = np.repeat(kernel.sum(axis=2, keepdims=True) * GREY_SCALE / 3, 3, axis=2)
             maps = ops.convert_to_numpy(ops.conv(x, kernel, padding="same", data_format="channels_last"))
             mean, deviation = maps.mean((0, 1, 2)), maps.std((0, 1, 2)) + NORM_EPSILON
+            level = np.sqrt(np.mean(np.maximum(maps + factor * bias, 0) ** 2))
             size = np.sqrt((kernel**2).sum((0, 1, 2)) / 2) + 1e-12  # to the length that He's initialisation gives
             variance = (deviation / size) ** 2 - NORM_EPSILON
-            layer.set_weights([kernel / size, deviation, mean + bias, mean / size, np.maximum(variance, 0)])
+            layer.set_weights([kernel / size, deviation / level, (mean + factor * bias) / level, mean / size,
+                               np.maximum(variance, 0)])
+            factor /= level
         x = ops.cast(layer(ops.cast(x, layer.compute_dtype)), "float32")
+    return factor
 
 
 # Training
