@@ -556,7 +556,7 @@ def windowed(values, header):
         window = centre - width / 2, centre + width / 2
     else:
         return None
-    return None if contrast(pixels) < 10 else (pixels, window)
+    return None if contrast(pixels) < 16 else (pixels, window)
 
 
 def place_of(header, n):

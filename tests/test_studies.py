@@ -129,9 +129,11 @@ def test_the_window_of_the_file_is_applied_and_named():
     assert close(scan.pixels[20:80, 20:80], ((values - 600.5) / 799 * 255).clip(0, 255).astype(np.uint8))
 
 
-def test_a_window_that_would_hide_the_scan_is_not_applied():
+@pytest.mark.parametrize("centre, width", [(60000, 10), (1000, 50000)])
+def test_a_window_that_would_hide_the_scan_is_not_applied(centre, width):
+    """Beyond the values, or so wide that next to nothing is told apart."""
     hidden, plain = (read_scans(dicom(deep(), **tags), "IM1")[0] for tags in (
-        {"WindowCenter": 60000, "WindowWidth": 10}, {}))
+        {"WindowCenter": centre, "WindowWidth": width}, {}))
     assert close(hidden.pixels, plain.pixels)
 
 
