@@ -883,7 +883,7 @@ class Classifier:
         """The Finding for a scan, through infer(), or infer_beside() for one of many."""
         prepared = prepare(scan.pixels, scan.box)
         outputs = {name: values[0] for name, values in infer(prepared[None]).items()}
-        reason = self.why_rejected(scan, prepared, outputs.get("embedding"))
+        reason = self.why_rejected(scan, prepared[..., 0], outputs.get("embedding"))
         finding = self.finding(reason, outputs["probabilities"], outputs.get("heat"))
         if finding.heat is not None and finding.label != NO_TUMOR and outside_head(prepared, finding.heat) > 0.5:
             return replace(finding, warnings=("The network looked outside the head; the answer may be unreliable.",))
@@ -901,21 +901,23 @@ class Classifier:
             heat = np.asarray(heat[..., self.labels.index(label)], np.float32)
         return Finding(verdict, label, risk, tumor_probability, by_label, heat)
 
-    def why_rejected(self, scan, prepared, embedding):
-        """A sentence if the picture is no brain MRI, else None.
+    def why_rejected(self, scan, grey, embedding):
+        """A sentence if the picture is no brain MRI, else None; grey (224, 224) is what the network saw.
 
         Blankness, colour and noise (neighbouring pixels that hardly agree) are seen in the
-        picture. For the rest the card holds a small network on the embedding, fitted between
-        brain MRI and other pictures (outlier exposure, Hendrycks et al. 2019).
+        picture. For the rest the card holds a small network on the embedding and a thumbnail, fitted
+        between brain MRI and other pictures (outlier exposure, Hendrycks et al. 2019).
         """
-        if scan.contrast < 10 or not np.ptp(prepared):
+        if scan.contrast < 10 or not np.ptp(grey):
             return "The picture is blank or nearly so."
         if scan.colour > 40:
             return "The picture is in strong colours, which no MRI is."
-        if np.corrcoef(prepared[::2, 1:, 0].ravel(), prepared[::2, :-1, 0].ravel())[0, 1] < 0.5:
+        if np.corrcoef(grey[::2, 1:].ravel(), grey[::2, :-1].ravel())[0, 1] < 0.5:
             return "The picture is noise rather than a scan."
-        if self.gate and gate_score(self.gate, embedding) < self.gate["threshold"]:
-            return "This does not look like a slice of a brain MRI."
+        if self.gate:
+            features = gate_features(self.gate["scale"], embedding, grey)
+            if gate_score(self.gate, features) < self.gate["threshold"]:
+                return "This does not look like a slice of a brain MRI."
         return None
 
 
@@ -925,16 +927,25 @@ def read_gate(gate, embedding, path):
         return None
     try:
         gate = {name: np.asarray(gate[name], np.float32) for name in GATE}
-        if gate_score(gate, embedding).shape != embedding.shape[:1]:
+        nothing = np.zeros((len(embedding), SIDE, SIDE))
+        if gate_score(gate, gate_features(gate["scale"], embedding, nothing)).shape != embedding.shape[:1]:
             raise ValueError("no score for each embedding")
     except (ValueError, KeyError, TypeError):
         raise wrong_model(path, f"has a gate that does not fit an embedding of {embedding.shape[1]}") from None
     return gate
 
 
-def gate_score(gate, embedding):
-    """How much embeddings (..., D) look like brain MRI, (...,): from gate["threshold"] on they pass."""
-    features = np.log1p(gate["scale"] * embedding)  # the logarithm takes out how loud a picture is
+def gate_features(scale, embedding, grey):
+    """What the gate looks at, (..., D + 196): the embedding (..., D) of grey (..., 224, 224), and a thumbnail of it.
+
+    The logarithm takes out how loud the embedding is; the thumbnail says where things are, which its pooling has lost.
+    """
+    thumbnail = grey.reshape(*grey.shape[:-2], 14, SIDE // 14, 14, SIDE // 14).mean((-3, -1)) / 255
+    return np.concatenate([np.log1p(scale * embedding), thumbnail.reshape(*grey.shape[:-2], -1)], axis=-1)
+
+
+def gate_score(gate, features):
+    """How much gate_features() (..., F) look like brain MRI, (...,): from gate["threshold"] on they pass."""
     hidden = np.maximum(features @ gate["hidden"] + gate["hidden_bias"], 0)
     return hidden @ gate["weights"] + gate["bias"]
 

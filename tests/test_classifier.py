@@ -17,6 +17,7 @@ from app import (
     Finding,
     ModelError,
     Scan,
+    gate_features,
     judge,
     most_probable,
     outside_head,
@@ -110,6 +111,15 @@ def test_the_gate_rejects_what_lies_below_its_threshold(classifier, monkeypatch)
     monkeypatch.setitem(classifier.gate, "threshold", 1e9)
     (finding,) = classifier.classify([Scan(phantom(), "scan.png")])
     assert finding == Finding("rejected", reason="This does not look like a slice of a brain MRI.")
+
+
+def test_the_gate_sees_what_is_there_and_where():
+    """The embedding has lost the places; a picture upside down is told by its thumbnail."""
+    embedding, grey = np.full(512, 0.5), prepare(phantom(1, lesion=True))[..., 0]
+    upright, turned = gate_features(2.0, np.stack([embedding] * 2), np.stack([grey, grey[::-1]]))
+    assert upright.shape == (512 + 196,) and (gate_features(2.0, embedding, grey) == upright).all()
+    assert (upright[:512] == np.log(2)).all() and (turned[:512] == np.log(2)).all()
+    assert np.abs(upright[512:] - turned[512:]).max() > 0.1
 
 
 @pytest.mark.parametrize("kind", counter_examples.KINDS)

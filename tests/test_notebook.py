@@ -145,6 +145,13 @@ def test_a_public_picture_is_known_by_its_content(notebook, tmp_path):
     assert notebook["digest"](tmp_path / "a.png") == notebook["digest"](tmp_path / "b.jpeg") not in known
 
 
+def test_no_doubted_label_is_of_a_scan_that_has_trained_the_shipped_model(notebook):
+    """They are left out of training from now on; of the training part none was looked at."""
+    dealt, doubted = notebook["by_digest"]("split.csv", "part"), notebook["by_digest"]("doubted_labels.csv", "path")
+    assert len(doubted) > 20
+    assert {dealt[name] for name in doubted} == {"validation", "test"}
+
+
 def test_tumor_of_unknown_type_allows_every_type(notebook):
     labels, targets = notebook["targets_of"](np.array(["glioma", "tumor", "no_tumor", "pituitary"]))
     assert labels == ["glioma", "no_tumor", "pituitary"]
@@ -240,12 +247,20 @@ def test_thresholds_keep_both_promises(notebook, overlap):
     assert np.mean(p[~tumor] < found["high"]) >= 0.99
 
 
-def test_temperature_undoes_overconfidence(notebook):
+def test_calibration_undoes_overconfidence_and_a_preference(notebook):
     random = np.random.default_rng(0)
     logits = random.normal(0, 1.5, (4000, 3))
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     targets = np.eye(3)[[random.choice(3, p=row) for row in p]]
-    assert abs(notebook["best_temperature"](logits * 2.5, targets) - 2.5) < 0.2
+    temperature, offsets = notebook["calibrated"](2.5 * (logits + [1, 0, -1]), targets)
+    assert abs(temperature - 2.5) < 0.2
+    np.testing.assert_allclose(offsets, (-1, 0, 1), atol=0.15)
+
+
+def test_few_scans_set_no_large_offsets(notebook):
+    """Nine scans of one label would make any other impossible."""
+    _, offsets = notebook["calibrated"](np.zeros((9, 2)), np.eye(2)[[0] * 9])
+    assert 0 < np.ptp(offsets) < 3
 
 
 def test_figures_of_a_known_answer(notebook):
@@ -274,8 +289,8 @@ def clouds():
 
 def test_the_gate_keeps_its_promise_to_each_held_out_set(notebook, clouds, monkeypatch):
     """It parts the two clouds, and refuses no more of a held-out set than the share given for it."""
-    monkeypatch.setitem(notebook, "GATE_UNITS", 4)
-    monkeypatch.setitem(notebook, "SEED", 1)
+    for name, value in {"GATE_UNITS": 4, "GATE_NETWORKS": 2, "SEED": 1}.items():
+        monkeypatch.setitem(notebook, name, value)
     brain, held_out, odd, others = clouds
     kinds = np.array(["photographs"] * 180 + ["charts"] * 20)
     gate = notebook["fit_gate"](brain, others[:200], kinds, [(held_out, 0.01), (odd, 0.05)])
@@ -322,6 +337,21 @@ def test_volumes_are_cut_into_a_folder_that_the_notebook_reads(notebook, tmp_pat
         ("no_tumor", "train", "anna", "volumes")}
     for plane in web.PLANES:  # 64 mm less the rim, and less slices that show little of the head
         assert 3 <= sum(plane in scan["path"].name for scan in scans) <= 5
+
+
+def test_radiographs_of_a_volume_join_the_slices(notebook, tmp_path):
+    """Upright, of different sizes and contrast, all of one patient and one part."""
+    (tmp_path / "volumes" / "train").mkdir(parents=True)
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, 48)] * 3, indexing="ij")
+    body = np.where(x**2 + y**2 < 0.7, np.where((x**2 + y**2 < 0.3) & (z > 0), -800, 40), -1000).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(body, np.eye(4)), tmp_path / "volumes" / "train" / "ben.nii.gz")
+    command = [sys.executable, "model_weights/simulate_radiographs.py", tmp_path / "volumes", tmp_path / "slices"]
+    for _ in range(2):
+        subprocess.run([*command, "--count", "4"], cwd=ROOT, check=True, capture_output=True)
+    scans = notebook["list_scans"](tmp_path / "slices")
+    assert len(scans) == 8 and {(s["label"], s["part"], s["patient_fold"]) for s in scans} == {
+        ("radiographs", "train", "simulated ben")}
+    assert len({web.read_scans(s["path"].read_bytes(), "x")[0].pixels.tobytes() for s in scans}) == 4
 
 
 @pytest.fixture(scope="module")
