@@ -354,46 +354,68 @@ def test_radiographs_of_a_volume_join_the_slices(notebook, tmp_path):
     assert len({web.read_scans(s["path"].read_bytes(), "x")[0].pixels.tobytes() for s in scans}) == 4
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """What the notebook wrote, run headless on 64 phantoms in folders `yes` and `no`."""
-    folder = tmp_path_factory.mktemp("notebook")
+FIVE = ("glioma", "meningioma", "metastasis", "no_tumor", "pituitary")
+
+
+def fill_with_two(folder):
+    """64 phantoms as Kaggle's first set of brain MRI has them: folders `yes` and `no`, grey."""
     for n in range(64):
-        path = folder / "data" / ("yes" if n % 2 else "no") / f"{n}.png"
+        path = folder / ("yes" if n % 2 else "no") / f"{n}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(phantom(n, lesion=bool(n % 2))))
-    (folder / "data" / "no" / "broken.jpg").write_bytes(b"not a picture")
+
+
+def fill_with_five(folder):
+    """60 phantoms in five classes, one of them of no public collection, in colour and in 16 bits."""
+    for n in range(60):
+        pixels = phantom(n, lesion=FIVE[n % 5] != "no_tumor")
+        path = folder / FIVE[n % 5] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(np.stack([pixels] * 3, axis=2) if n % 3 else pixels.astype(np.uint16) * 200))
+
+
+@pytest.fixture(scope="module", params=[(fill_with_two, ("no_tumor", "tumor")), (fill_with_five, FIVE)],
+                ids=["two classes", "five classes"])  # fmt: skip
+def trained(request, tmp_path_factory):
+    """(folder that the notebook wrote to, run headless on phantoms and a broken file; the labels there should be)."""
+    fill, labels = request.param
+    folder = tmp_path_factory.mktemp("notebook")
+    fill(folder / "data")
+    min((folder / "data").iterdir()).joinpath("broken.jpg").write_bytes(b"not a picture")
     environment = os.environ | {name: str(value) for name, value in SETTINGS.items()}
     environment |= {"DATA": str(folder / "data"), "OUTPUT": str(folder)}
     command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute",
                "--output-dir", str(folder), "Brainmodel.ipynb"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return folder, labels
 
 
 def test_the_notebook_writes_a_model_that_the_app_serves(trained):
     """Staged weights, archive and card are there, and an upload gets the new model's labels."""
-    weights = {path.name for path in (trained / "model_weights").glob("*.weights.h5")}
+    folder, labels = trained
+    weights = {path.name for path in (folder / "model_weights").glob("*.weights.h5")}
     assert weights >= {"vgg19_model_01.weights.h5", "vgg19_model_02.weights.h5", "vgg_unfrozen.weights.h5"}
-    app = web.create_app({"MODEL": str(trained / "model.keras"), "UPLOADS": str(trained / "uploads")})
+    app = web.create_app({"MODEL": str(folder / "model.keras"), "UPLOADS": str(folder / "uploads")})
     app.classifier.gate = None
     data = {"file": (io.BytesIO(encode(phantom(99, lesion=True))), "new.png")}
     result = app.test_client().post("/upload", data=data).get_json()
-    assert result["model"]["labels"] == ["no_tumor", "tumor"]
+    assert result["model"]["labels"] == list(labels)
     assert result["model"]["engine"] == "litert-float16"  # int8 cannot agree as often as AGREEMENT asks here
     assert sum(result["scans"][0]["probabilities"].values()) == pytest.approx(1, abs=1e-3)
     assert app.test_client().get("/model").status_code == 200
 
 
 def test_the_notebook_sets_unreadable_files_aside(trained):
-    assert (trained / "data" / "invalid_images" / "no" / "broken.jpg").exists()
+    folder, _ = trained
+    assert len(list((folder / "data" / "invalid_images").glob("*/broken.jpg"))) == 1
 
 
 def test_the_card_holds_what_the_split_was(trained):
-    card = json.loads(web.read_archive(trained / "model.keras")["card.json"])
+    folder, labels = trained
+    card = json.loads(web.read_archive(folder / "model.keras")["card.json"])
     counts = card["data"]["counts"].values()
-    assert sum(sum(parts.values()) for parts in counts) == 64
+    assert sum(sum(parts.values()) for parts in counts) == {2: 64, 5: 60}[len(labels)]
     assert all(parts["train"] > parts["test"] > 0 for parts in counts)
     assert 0 <= card["thresholds"]["low"] <= card["thresholds"]["high"] <= 1.0001
     assert card["figures"]["float16 against float"]["mean change of the tumor probability"] < 0.02
