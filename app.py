@@ -378,9 +378,12 @@ def grey(frame):
         return *stretched(np.asarray(frame, np.float32)), 0.0
     if frame.mode in ("1", "L"):
         return np.asarray(frame.convert("L")), None, 0.0
-    opaque = Image.new("RGBA", frame.size, "black")
-    opaque.alpha_composite(frame.convert("RGBA"))
-    sample = np.asarray(opaque.convert("RGB").reduce(max(1, min(frame.size) // 128)), np.int16)
+    if frame.has_transparency_data:
+        seen = frame.convert("RGBA")
+        frame = Image.new("RGBA", frame.size, "black")
+        frame.alpha_composite(seen)
+    opaque = frame.convert("RGB")
+    sample = np.asarray(opaque.reduce(max(1, min(frame.size) // 128)), np.int16)
     return np.asarray(opaque.convert("L")), None, float(np.ptp(sample, axis=2).mean())
 
 
@@ -701,7 +704,7 @@ def marks_beside(pixels):
     step = max(1, -(-max(pixels.shape) // 320))
     h, w = (n // step for n in pixels.shape)
     blocks = [pixels[i : h * step : step, j : w * step : step] for i in range(step) for j in range(step)]
-    small = reduce(np.maximum, blocks).astype(np.int16)
+    small = reduce(np.maximum, blocks).astype(np.float32)
     margin = np.concatenate([small[:3].ravel(), small[-3:].ravel(), small[:, :3].ravel(), small[:, -3:].ravel()])
     difference = np.abs(small - np.median(margin))
     threshold = max(25, 0.15 * np.percentile(difference[::2, ::2], 99))
@@ -756,11 +759,12 @@ def standing_out(pixels):
     noise that of the quietest corner.
     """
     step = max(1, min(pixels.shape) // 256)
-    sample = pixels[::step, ::step].astype(np.int16)
+    sample = pixels[::step, ::step].astype(np.float32)
     h, w = (max(1, n // 16) for n in sample.shape)
-    corners = [sample[:h, :w], sample[:h, -w:], sample[-h:, :w], sample[-h:, -w:]]
-    difference = np.abs(sample - np.median([np.median(c) for c in corners]))
-    noise = np.min([np.percentile(np.abs(c - np.median(c)), 95) for c in corners])
+    corners = np.stack([sample[:h, :w], sample[:h, -w:], sample[-h:, :w], sample[-h:, -w:]]).reshape(4, -1)
+    levels = np.median(corners, axis=1, keepdims=True)
+    difference = np.abs(sample - np.median(levels))
+    noise = np.percentile(np.abs(corners - levels), 95, axis=1).min()
     return step, difference > max(0.12 * np.percentile(difference, 99), 2 * noise)
 
 
@@ -2088,7 +2092,7 @@ def study(address, data, count):
         except urllib.error.HTTPError as error:
             raise answered_with(error) from None
         while result["status"] == "running":
-            time.sleep(0.2)
+            time.sleep(0.5 if result["progress"] < 0.9 else 0.02)  # each question takes time from the answers
             result = json.load(urllib.request.urlopen(f"{address.removesuffix('upload')}results/{result['id']}.json"))
         if result["status"] != "done":
             raise click.ClickException(f"The study ended as {result['status']}.")
