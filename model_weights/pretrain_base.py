@@ -14,8 +14,11 @@ Where an array file holds boxes, two lessons more are drawn from them: the evide
 the box, and a scan whose box is painted over shows what `without` says. Both keep the network from learning what
 stands around a tumor: the scanner, the plane, the border.
 
+With --teacher, a network of train_teacher.py that has seen ImageNet, the base learns its answers and features as well.
+
 Sources: Simonyan & Zisserman 2015, "Very deep convolutional networks for large-scale image recognition";
-Ding et al. 2021, "RepVGG: making VGG-style ConvNets great again"; Goyal et al. 2017 (warm-up).
+Ding et al. 2021, "RepVGG: making VGG-style ConvNets great again"; Goyal et al. 2017 (warm-up);
+Hinton et al. 2015, "Distilling the knowledge in a neural network"; Romero et al. 2015, "FitNets" (features).
 """
 
 import argparse
@@ -23,6 +26,7 @@ import json
 import pathlib
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import h5py
 import keras
@@ -41,6 +45,7 @@ FOLD_TOLERANCE, FOLD_PIXELS = 1e-3, 64
 MARGIN = 1.25  # training pictures are stored this much larger than the network's input
 CELL = 16  # pixels of a picture to one of its feature map
 PLACE_WEIGHT = 0.3  # of the loss for evidence outside the box
+TEACHER_WEIGHT = 1.0  # of the losses for differing from a teacher
 WITHOUT_MARGIN = 0.15  # a box that is painted over is widened by this share of its sides
 PROGRESS_STEPS = 50
 
@@ -217,11 +222,14 @@ AUGMENTATION = Augmentation()
 
 
 class Draws(keras.utils.PyDataset):
-    """One epoch of augmented training batches, drawn by weight; the same for the same seed and epoch."""
+    """One epoch of augmented training batches, drawn by weight; the same for the same seed and epoch.
 
-    def __init__(self, part, pixels, draws, batch, seed):
-        super().__init__(workers=2)
-        self.part, self.pixels, self.batch, self.seed = part, pixels, batch, seed
+    `teacher` gives of grey pictures (N, S, S) what taught_loss() takes, or is None.
+    """
+
+    def __init__(self, part, pixels, draws, batch, seed, teacher=None):
+        super().__init__(workers=1 if teacher else 2)
+        self.part, self.pixels, self.batch, self.seed, self.teacher = part, pixels, batch, seed, teacher
         rng = np.random.default_rng(seed)
         self.rows = rng.choice(len(part["draw"]), draws, p=part["draw"] / part["draw"].sum())
 
@@ -234,7 +242,7 @@ class Draws(keras.utils.PyDataset):
         views = [AUGMENTATION.view(*(self.part[name][row] for name in ("pixels", "boxes", "targets")),
                                    self.part["without"], self.pixels, rng) for row in rows]
         grey, targets, cells = (np.stack(values) for values in zip(*views))
-        return network_input(grey), with_place(targets, cells)
+        return network_input(grey), with_place(targets, cells, self.teacher and self.teacher(grey))
 
 
 class Plain(keras.utils.PyDataset):
@@ -253,10 +261,13 @@ class Plain(keras.utils.PyDataset):
         return network_input(grey), with_place(targets, np.stack([cells_of(None, len(grey[0]))] * len(grey)))
 
 
-def with_place(targets, cells):
-    """Targets (N, C) and shares in the box (N, h, w) as what the loss takes, (N, h, w, C + 1)."""
+def with_place(targets, cells, taught=None):
+    """Targets (N, C) and shares in the box (N, h, w) as what the loss takes, (N, h, w, C + 1).
+
+    `taught`: what a teacher says at every place (N, h, w, C + F), which then follows.
+    """
     everywhere = np.broadcast_to(targets[:, None, None], (*cells.shape, targets.shape[1]))
-    return np.concatenate([everywhere, cells[..., None]], axis=-1)
+    return np.concatenate([everywhere, cells[..., None]] + [taught] * (taught is not None), axis=-1)
 
 
 # Network
@@ -342,14 +353,18 @@ def branched_base(dtype, points=True, frozen=0):
     return keras.Model(inputs, x, name="branched_vgg19")
 
 
-def classifier(base, classes):
+def classifier(base, classes, features=0):
     """The base with dropout of whole channels and one float32 logit a class at every place (N, h, w, classes).
 
-    The mean over the places is what global average pooling and a dense layer give.
+    The mean over the places is what global average pooling and a dense layer give. The guesses at a teacher's
+    `features` follow the logits.
     """
     x = keras.layers.SpatialDropout2D(DROPOUT, dtype="float32", name="dropout")(base.get_layer("block5_conv4").output)
-    return keras.Model(base.input, keras.layers.Dense(
-        classes, name="logits", dtype="float32", kernel_initializer="zeros")(x))
+    outputs = keras.layers.Dense(classes, name="logits", dtype="float32", kernel_initializer="zeros")(x)
+    if features:
+        guesses = keras.layers.Dense(features, name="guesses", dtype="float32")(x)
+        outputs = keras.layers.Concatenate(dtype="float32")([outputs, guesses])
+    return keras.Model(base.input, outputs)
 
 
 def branched_layers(model):
@@ -428,20 +443,37 @@ def place_loss(targets, logits, inside):
     return ops.where(ops.max(inside, axis=-1) > 0, -ops.log(share + 1e-3), 0.0)
 
 
-def loss(marks, logits):
-    """The loss (N,) of logits (N, h, w, C) against what with_place() made."""
-    targets = marks[:, 0, 0, :-1]
-    return (set_loss(targets, ops.mean(logits, axis=(1, 2)))
-            + PLACE_WEIGHT * place_loss(targets, logits, marks[..., -1]))
+def taught_loss(answers, features, logits, guesses):
+    """How far logits (N, C) and guesses (N, h, w, F) are from a teacher's answers, logits too, and features (N,).
+
+    The divergence of the probabilities, and the share of the features' variance that the guesses leave.
+    """
+    p = ops.softmax(answers, axis=-1)
+    divergence = ops.sum(p * (ops.log_softmax(answers, axis=-1) - ops.log_softmax(logits, axis=-1)), axis=-1)
+    variance = ops.mean(ops.square(features - ops.mean(features, axis=(0, 1, 2))))
+    return divergence + ops.mean(ops.square(features - guesses), axis=(1, 2, 3)) / variance
 
 
-def hit(marks, logits):
+def loss(marks, outputs, classes=None):
+    """The loss (N,) of outputs (N, h, w, C + F), the first C of them logits, against what with_place() made."""
+    classes = classes or outputs.shape[-1]
+    targets, inside, taught = marks[:, 0, 0, :classes], marks[..., classes], marks[..., classes + 1:]
+    logits = outputs[..., :classes]
+    total = set_loss(targets, ops.mean(logits, axis=(1, 2))) + PLACE_WEIGHT * place_loss(targets, logits, inside)
+    if not taught.shape[-1]:
+        return total
+    return total + TEACHER_WEIGHT * taught_loss(
+        taught[:, 0, 0, :classes], taught[..., classes:], ops.mean(logits, axis=(1, 2)), outputs[..., classes:])
+
+
+def hit(marks, outputs, classes=None):
     """1 where the likeliest class is one of the targets, else 0 (N,)."""
-    best = ops.argmax(ops.mean(logits, axis=(1, 2)), axis=-1)
-    return ops.take_along_axis(marks[:, 0, 0, :-1], best[:, None], axis=-1)[:, 0]
+    classes = classes or outputs.shape[-1]
+    best = ops.argmax(ops.mean(outputs[..., :classes], axis=(1, 2)), axis=-1)
+    return ops.take_along_axis(marks[:, 0, 0, :classes], best[:, None], axis=-1)[:, 0]
 
 
-def compile_for(model, rate, steps):
+def compile_for(model, classes, rate, steps):
     """Compile with SGD whose rate warms up, then falls along one cosine over all steps of the schedule."""
     warm_up = min(WARM_UP_STEPS, steps // 5)
     cosine = keras.optimizers.schedules.CosineDecay(
@@ -453,7 +485,8 @@ def compile_for(model, rate, steps):
     optimizer.build(model.trainable_variables)
     # XLA compiles slow convolutions for processors; elsewhere the backend chooses.
     jit = False if keras.backend.backend() == "tensorflow" else "auto"
-    model.compile(optimizer, loss=loss, metrics=[hit], jit_compile=jit)
+    metric = keras.metrics.MeanMetricWrapper(partial(hit, classes=classes), name="hit")
+    model.compile(optimizer, loss=partial(loss, classes=classes), metrics=[metric], jit_compile=jit)
 
 
 class Progress(keras.callbacks.Callback):
@@ -479,7 +512,7 @@ class Progress(keras.callbacks.Callback):
                   f"{a_step:.2f} s/step, {self.minutes_left(done):.1f} minutes left", flush=True)
 
 
-def train(model, training, validation, sizes, options, folder, finished):
+def train(model, training, validation, sizes, options, folder, finished, teacher=None):
     """Train the epochs of `sizes` (pixels of each epoch) that are not finished; save the state after each."""
     stage = None
     for epoch, pixels in list(enumerate(sizes))[finished:]:
@@ -489,7 +522,7 @@ def train(model, training, validation, sizes, options, folder, finished):
             held_out = validation | {"pixels": resized(validation["pixels"], pixels)}
         start = time.monotonic()
         model.get_layer("dropout").seed_generator.state.assign([options.seed, epoch])  # a continued run drops the same
-        draws = Draws(drawn, pixels, options.draws, options.batch, (options.seed, epoch))
+        draws = Draws(drawn, pixels, options.draws, options.batch, (options.seed, epoch), teacher)
         progress = Progress(pixels, len(draws) * sum(size**2 for size in sizes[epoch + 1:]))
         logs = model.fit(draws, epochs=1, shuffle=False, verbose=0, callbacks=[progress]).history
         left = progress.minutes_left(len(draws))
@@ -513,7 +546,8 @@ def replace(path, write):
 
 def run_settings(options):
     """What a continued run must share with the run that it continues."""
-    return {name: getattr(options, name) for name in ("schedule", "draws", "batch", "rate", "frozen", "seed")}
+    shared = ("schedule", "draws", "batch", "rate", "frozen", "teacher", "seed")
+    return {name: getattr(options, name) for name in shared}
 
 
 def save_state(model, folder, epochs, settings):
@@ -656,6 +690,7 @@ def argument_parser(description):
     parser.add_argument("--rate", type=float, default=0.02, help="highest learning rate (%(default)s)")
     parser.add_argument("--checkpoint", type=pathlib.Path, help="folder of the state ('pretraining' beside --out)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
+    parser.set_defaults(teacher=None)
     parser.add_argument("--dtype", default="mixed_bfloat16", help="Keras dtype policy of training (%(default)s)")
     return parser
 
@@ -671,36 +706,56 @@ def checked(parser, ending):
     return options
 
 
-def started(options, training, sizes):
+def read_teacher(path, classes):
+    """The teacher in a file of train_teacher.py, which needs PyTorch; None for no path."""
+    if not path:
+        return None
+    try:
+        from train_teacher import Teacher
+    except ImportError as error:
+        raise SystemExit(f"--teacher needs {error.name}; train_teacher.py says how to install it.") from None
+    try:
+        teacher = Teacher(path)
+    except (OSError, KeyError, RuntimeError) as error:
+        raise SystemExit(f"{path} cannot be read as a network of train_teacher.py: {error}.") from None
+    if teacher.classes != classes:
+        raise SystemExit(f"{path} knows {teacher.classes} classes, the pictures have {classes}; train it on these.")
+    return teacher
+
+
+def started(options, training, sizes, features=0):
     """A compiled classifier of the training part's classes that starts from options.start."""
     classes, some = training["targets"].shape[1], training["pixels"][::len(training["pixels"]) // 64 + 1]
     if options.start.endswith(".weights.h5"):
-        model = classifier(branched_base(options.dtype, points=False, frozen=options.frozen), classes)
+        model = classifier(branched_base(options.dtype, points=False, frozen=options.frozen), classes, features)
         load_folded(model, options.start, resized(some, sizes[0]))
     elif options.start == "none":
-        model = classifier(branched_base(options.dtype, frozen=options.frozen), classes)
+        model = classifier(branched_base(options.dtype, frozen=options.frozen), classes, features)
     else:
         try:
             with np.load(options.start) as arrays:
                 points = any(name.endswith("conv1x1") for name in arrays)
-                model = classifier(branched_base(options.dtype, points, options.frozen), classes)
+                model = classifier(branched_base(options.dtype, points, options.frozen), classes, features)
                 load_branches(model, arrays)
         except (OSError, KeyError, ValueError) as error:
             raise SystemExit(f"{options.start} cannot be read as the branches of VGG19: {error}.") from None
-    compile_for(model, options.rate, len(sizes) * (options.draws // options.batch))
+    compile_for(model, classes, options.rate, len(sizes) * (options.draws // options.batch))
     return model
 
 
 def main():
-    options = checked(argument_parser(__doc__), ".weights.h5")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--teacher", help="network of train_teacher.py to learn from as well")
+    options = checked(parser, ".weights.h5")
     keras.utils.set_random_seed(options.seed)
     sizes = parse_schedule(options.schedule)
     training, validation = load_pictures(options.data, round(MARGIN * max(sizes, default=FOLD_PIXELS)))
-    model = started(options, training, sizes)
+    teacher = read_teacher(options.teacher, training["targets"].shape[1])
+    model = started(options, training, sizes, teacher.features if teacher else 0)
     finished = load_state(model, options.checkpoint, run_settings(options))
     print(f"{len(training['pixels'])} training and {len(validation['pixels'])} validation pictures, "
           f"{training['targets'].shape[1]} classes; {finished} of {len(sizes)} epochs done", flush=True)
-    train(model, training, validation, sizes, options, options.checkpoint, finished)
+    train(model, training, validation, sizes, options, options.checkpoint, finished, teacher)
     write_folded(model, training["pixels"][:8], options.out)
 
 

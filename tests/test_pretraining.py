@@ -1,7 +1,10 @@
 """The base: what its training sees, that it goes on where it stopped, and that folding changes nothing."""
 
 import csv
+import importlib.util
+import os
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -77,6 +80,23 @@ def test_the_loss_of_a_scan_sums_what_is_allowed():
     assert float(base.hit(marks, logits)[0]) == 0
 
 
+def test_differing_from_a_teacher_costs():
+    """Nothing but the labels' own loss where answers and features agree; more for either that does not."""
+    random = np.random.default_rng(0)
+    answers, features = np.full((2, 3, 3, 2), (2, -1), "float32"), random.random((2, 3, 3, 4), "float32")
+    mean = np.broadcast_to(features.mean((0, 1, 2)), features.shape)
+    taught = np.concatenate([answers, features], -1)
+    marks = base.with_place(np.array([TUMOR] * 2), np.zeros((2, 3, 3), "float32"), taught)
+    same, other_answer, other_features = (
+        np.asarray(base.loss(marks, np.concatenate(outputs, -1), classes=2))
+        for outputs in ((answers, features), (-answers, features), (answers, mean)))  # fmt: skip
+    assert np.allclose(same, base.loss(marks[..., :3], answers))
+    labels_alone = np.asarray(base.loss(marks[..., :3], -answers))
+    assert (other_answer > labels_alone + 1).all()
+    assert np.isclose((other_features - same).mean(), 1, atol=0.01)  # the mean leaves the whole variance
+    assert np.asarray(base.hit(marks, np.concatenate([answers, 9 * features], -1), classes=2)).all()
+
+
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory):
     """An array file of 40 pictures in two classes and five folds, bright squares in boxes."""
@@ -125,6 +145,49 @@ def test_training_goes_on_where_it_stopped(arrays, tmp_path, monkeypatch, capsys
             assert np.allclose(one[name], other[name], atol=1e-3), name
     with pytest.raises(SystemExit, match="another rate"):
         run(base, arrays, "--checkpoint", tmp_path / "b", *QUICK, "--rate", 0.5)
+
+
+class Brightness:
+    """A teacher that knows how bright each place is, and that wide squares are wide."""
+
+    classes, features = 2, 1
+
+    def __call__(self, grey):
+        cells = np.stack([base.cells_of(picture.astype(np.uint8), grey.shape[1]) for picture in grey])[..., None]
+        return np.concatenate([np.zeros((*cells.shape[:3], 2), "float32"), cells], axis=-1)
+
+
+def test_a_teacher_is_learned_from_and_leaves_no_trace_in_the_base(arrays, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(base, "BLOCKS", ((2, 8), (2, 8), (4, 8), (4, 8), (4, 8)))
+    monkeypatch.setattr(base, "read_teacher", lambda path, classes: path and Brightness())
+    written = []
+    monkeypatch.setattr(base, "write_folded", lambda model, *arguments: written.append(base.branched_layers(model)))
+    run(base, arrays, "--checkpoint", tmp_path, *QUICK, "--teacher", "bright")
+    assert "validation" in capsys.readouterr().out
+    assert len(written[0]) == 16
+    with np.load(tmp_path / "branches.npz") as branches:
+        assert branches["logits/1"].shape == (2,)
+
+
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("torch", "efficientnet_lite_pytorch"))), reason=(
+    "the teacher needs PyTorch and two packages more, which nothing else does; train_teacher.py names them"))
+def test_a_teacher_says_at_every_cell_what_its_network_says(arrays, tmp_path):
+    import torch
+    import train_teacher
+
+    path = tmp_path / "teacher.pt"
+    command = [sys.executable, train_teacher.__file__, arrays, "--out", path, "--schedule", "64:1", "--draws", "32"]
+    trained = subprocess.run(command, env=os.environ | {"KERAS_BACKEND": "torch"}, capture_output=True, check=True)
+    assert b"epoch 1/1, 64 pixels: accuracy" in trained.stdout
+    teacher, grey = train_teacher.Teacher(path), np.load(arrays)["pixels"][:2].astype("float32")
+    said = teacher(grey)
+    assert said.shape == (2, 4, 4, teacher.classes + teacher.features) and teacher.classes == 2
+    with torch.inference_mode():
+        logits = teacher.net(train_teacher.network_input(grey)).numpy()
+    np.testing.assert_allclose(said[:, 3, 1, :2], logits, atol=0.05)  # bfloat16
+    assert np.array_equal(said[:, 0, 0, 2:], said[:, 1, 1, 2:]) and not np.array_equal(said[:, 0, 0], said[:, 2, 0])
+    with pytest.raises(SystemExit, match="knows 2 classes, the pictures have 3"):
+        base.read_teacher(path, 3)
 
 
 def test_folding_and_starting_from_the_folded_file_change_but_one_factor(arrays, tmp_path):
@@ -190,6 +253,7 @@ def test_cross_validation_writes_every_scan_once_a_fold_and_does_no_fold_twice(a
     (["{data}", "--schedule", "16:2"], "at least 32 pixels"),
     (["{data}", "--start", "nothing.weights.h5", "--schedule", "32:1"], "cannot be read as the weights of VGG19"),
     (["{data}", "--start", "nothing.npz", "--schedule", "32:1"], "cannot be read as the branches of VGG19"),
+    (["{data}", "--teacher", "nothing.pt", "--schedule", "32:1"], "--teacher needs|cannot be read as a network of"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_said_in_a_sentence(arrays, tmp_path, arguments, sentence):
     arguments = [argument.format(data=arrays) for argument in arguments]
