@@ -120,7 +120,7 @@ def test_a_split_that_the_data_brings_is_kept_but_for_what_leaks(notebook):
     groups, given = np.array([0, 0, 1, 2, 3]), ["train", "test", "test", "validation", "train"]
     folder = np.array(["data"] * 5)
     parts = notebook["split"](np.array(["a"] * 5), groups, np.array([""] * 5), given, folder, {"test": 0.5}, 1)
-    assert parts.tolist() == ["train", "train", "test", "validation", "train"]
+    assert parts.tolist() == ["train", "", "test", "validation", "train"]
 
 
 def test_a_folder_that_brings_its_parts_leaves_another_to_be_dealt_out(notebook):
