@@ -690,8 +690,8 @@ def argument_parser(description):
     parser.add_argument("--rate", type=float, default=0.02, help="highest learning rate (%(default)s)")
     parser.add_argument("--checkpoint", type=pathlib.Path, help="folder of the state ('pretraining' beside --out)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
-    parser.set_defaults(teacher=None)
     parser.add_argument("--dtype", default="mixed_bfloat16", help="Keras dtype policy of training (%(default)s)")
+    parser.set_defaults(teacher=None)  # cross_validate.py takes none: it would have seen the fold
     return parser
 
 

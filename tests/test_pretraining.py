@@ -148,7 +148,7 @@ def test_training_goes_on_where_it_stopped(arrays, tmp_path, monkeypatch, capsys
 
 
 class Brightness:
-    """A teacher that knows how bright each place is, and that wide squares are wide."""
+    """A teacher that knows how bright each place is, and no class from another."""
 
     classes, features = 2, 1
 
