@@ -714,10 +714,7 @@ def read_teacher(path, classes):
         from train_teacher import Teacher
     except ImportError as error:
         raise SystemExit(f"--teacher needs {error.name}; train_teacher.py says how to install it.") from None
-    try:
-        teacher = Teacher(path)
-    except (OSError, KeyError, RuntimeError) as error:
-        raise SystemExit(f"{path} cannot be read as a network of train_teacher.py: {error}.") from None
+    teacher = Teacher(path)
     if teacher.classes != classes:
         raise SystemExit(f"{path} knows {teacher.classes} classes, the pictures have {classes}; train it on these.")
     return teacher

