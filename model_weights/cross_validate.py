@@ -4,7 +4,7 @@
     python cross_validate.py prepared.npz --start base.weights.h5 --schedule 112:5,160:3
 
 `prepared.npz` is what Brainmodel.ipynb writes. Only scans of one known tumor type take part. A model never sees a
-scan of its fold, nor one of a person who is in it: both the fold as its authors made it and the one with persons
+scan of its fold, nor a near-duplicate of one: both the fold as its authors made it and the one with near-duplicates
 joined are held out. The answers are added to a .csv, a row a scan; a fold that is in it is not trained again, and an
 interrupted one goes on where it stopped.
 """
@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import pretrain_base as base
 
-KINDS = ("fold", "joined")  # as the authors made them, and with persons joined
+KINDS = ("fold", "joined")  # as the authors made them, and with near-duplicates joined
 
 
 def typed_scans(path):
@@ -85,7 +85,7 @@ def main():
                 writer.writerow([scans["digest"][row], labels[scans["targets"][row].argmax()],
                                  *(scans[kind][row] for kind in KINDS), fold, *(f"{value:.5f}" for value in p)])
         right = answers.argmax(axis=1) == scans["targets"][rows].argmax(axis=1)
-        print(f"fold {fold}: accuracy {right[scans['fold'][rows] == fold].mean():.3f}, persons joined "
+        print(f"fold {fold}: accuracy {right[scans['fold'][rows] == fold].mean():.3f}, near-duplicates joined "
               f"{right[scans['joined'][rows] == fold].mean():.3f}", flush=True)
 
 

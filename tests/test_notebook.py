@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import Counter
 
 import nbformat
 import nibabel
@@ -102,7 +103,7 @@ def test_split_holds_groups_and_folds_together_and_shares_about_right(notebook):
     folds = np.where(groups < 100, np.char.mod("%d", groups % 5), "")
     strata = np.where(folds != "", "typed", np.where(groups % 2, "tumor", "none"))
     folder, shares = np.array(["data"] * 1000), {"validation": 0.15, "test": 0.15}
-    parts = notebook["split"](strata, groups, folds, [""] * 1000, folder, shares, 1)
+    parts = notebook["split"](strata, groups, folds, [""] * 1000, [False] * 1000, folder, shares, 1)
     for units in (groups, folds[folds != ""]):
         of = parts[folds != ""] if units is not groups else parts
         assert all(len(set(of[units == unit])) == 1 for unit in set(units))
@@ -118,8 +119,8 @@ def test_a_group_that_straddles_folds_moves_to_one(notebook):
 
 def test_a_split_that_the_data_brings_is_kept_but_for_what_leaks(notebook):
     groups, given = np.array([0, 0, 1, 2, 3]), ["train", "test", "test", "validation", "train"]
-    folder = np.array(["data"] * 5)
-    parts = notebook["split"](np.array(["a"] * 5), groups, np.array([""] * 5), given, folder, {"test": 0.5}, 1)
+    folder, unknown = np.array(["data"] * 5), [False] * 5
+    parts = notebook["split"](np.array(["a"] * 5), groups, np.array([""] * 5), given, unknown, folder, {"test": 0.5}, 1)
     assert parts.tolist() == ["train", "", "test", "validation", "train"]
 
 
@@ -127,17 +128,32 @@ def test_a_folder_that_brings_its_parts_leaves_another_to_be_dealt_out(notebook)
     """Slices that are split already do not send the whole of another folder to training."""
     given = np.array([""] * 100 + ["train", "validation", "test"] * 5)
     folder = np.array(["mine"] * 100 + ["slices"] * 15)
-    parts = notebook["split"](np.array(["a"] * 115), np.arange(115), np.array([""] * 115), given, folder,
+    parts = notebook["split"](np.array(["a"] * 115), np.arange(115), np.array([""] * 115), given, [False] * 115, folder,
                               {"validation": 0.15, "test": 0.15}, 1)  # fmt: skip
-    assert {part: int((parts[:100] == part).sum()) for part in set(parts)} == {
-        "train": 70, "validation": 15, "test": 15}
+    assert Counter(parts[:100]) == {"train": 70, "validation": 15, "test": 15}
     assert (parts[100:] == given[100:]).all()
+
+
+def test_public_pictures_among_others_keep_their_parts_and_the_others_are_dealt_out(notebook):
+    """What the base was trained on is not held out, nor its copy; a few public ones do not stand for a part."""
+    given = np.array(["train", "train", "validation", "test"] + [""] * 100)
+    groups = np.r_[np.arange(4), 0, np.arange(5, 104)]
+    parts = notebook["split"](np.array(["a"] * 104), groups, np.array([""] * 104), given, given != "",
+                              np.array(["mine"] * 104), {"validation": 0.15, "test": 0.15}, 1)  # fmt: skip
+    assert (parts[:4] == given[:4]).all() and parts[4] == "train"
+    assert min(Counter(parts[5:]).values()) >= 14
+
+
+def test_who_is_trained_on_is_not_held_out(notebook):
+    parts = np.array(["train", "test", "validation", "test", "test", "train"])
+    persons = np.array(["1", "1", "2", "2", "3", ""])
+    assert notebook["without_torn"](parts, persons).tolist() == ["train", "", "", "", "test", "train"]
 
 
 def test_a_public_picture_is_known_by_its_content(notebook, tmp_path):
     """What the kept base has trained on is recognised under any name; split.csv deals no picture twice."""
     lines = (ROOT / "model_weights" / "split.csv").read_text().splitlines()[1:]
-    known = dict(line.split(",") for line in lines)
+    known = {line.split(",")[0]: line.split(",")[1] for line in lines}
     assert len(known) == len(lines) > 5000
     assert set(known.values()) == {"train", "validation", "test"}
     (tmp_path / "a.png").write_bytes(encode(phantom(1)))
@@ -179,6 +195,15 @@ def test_a_label_that_a_part_lacks_is_refused(notebook, parts, sentence):
         notebook["check_enough"](["no_tumor", "tumor"], targets, parts, np.arange(24))
 
 
+def test_a_tumor_of_unknown_type_stands_for_no_type_of_its_own(notebook):
+    """Scans of three types and of an unknown one, but pituitary ones in the test part alone."""
+    labels, targets = notebook["targets_of"](np.repeat(["glioma", "no_tumor", "pituitary", "tumor"], 12))
+    parts = np.tile(["train", "validation", "test"], 16)
+    parts[24:36] = "test"
+    with pytest.raises(SystemExit, match="No scan of the train part is pituitary"):
+        notebook["check_enough"](labels, targets, parts, np.arange(48))
+
+
 def test_too_few_different_scans_of_a_label_are_refused(notebook):
     targets, parts = np.eye(2, dtype=np.uint8)[[0] * 12 + [1] * 12], np.array(["train", "validation", "test"] * 8)
     with pytest.raises(SystemExit, match="Only 3 different scans are tumor; at least 10 are needed"):
@@ -187,6 +212,7 @@ def test_too_few_different_scans_of_a_label_are_refused(notebook):
 
 def test_an_empty_class_folder_is_named(notebook, tmp_path):
     (tmp_path / "glioma").mkdir()
+    (tmp_path / "glioma" / ".DS_Store").write_bytes(b"")
     (tmp_path / "no").mkdir()
     (tmp_path / "no" / "1.png").write_bytes(encode(phantom()))
     with pytest.raises(SystemExit, match="glioma is empty; fill it or remove it"):
