@@ -90,8 +90,16 @@ def read_folder(folder, pixels):
     grey = np.empty((len(found), pixels, pixels), np.uint8)
     for row, (file, _) in enumerate(found):
         with Image.open(file) as picture:
-            grey[row] = picture.convert("L").resize((pixels, pixels), Image.Resampling.BILINEAR)
+            grey[row] = in_eight_bits(picture).resize((pixels, pixels), Image.Resampling.BILINEAR)
     return {"pixels": grey, "targets": np.eye(len(classes), dtype=np.uint8)[[label for _, label in found]]}
+
+
+def in_eight_bits(picture):
+    """A Pillow picture in grey; what has more than 8 bits is scaled to its own brightest point, not cut off."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture.convert("L")
+    values = np.asarray(picture, "float32")
+    return Image.fromarray((255 * values / max(values.max(), 1)).clip(0, 255).astype(np.uint8))
 
 
 def resized(pictures, pixels):
