@@ -686,12 +686,15 @@ def quality_checks(scan):
     width, height = scan.size
     small, flat = min(scan.size) < 128, scan.contrast < 40
     coloured, marked = scan.colour > 4, marks_beside(scan.pixels) >= 3
+    bright = np.median(np.median(corners(scan.pixels[::2, ::2]), axis=1)) > 128
     yield Check("Size", not small, f"The picture is small ({min(scan.size)} pixels); details may be lost."
                 if small else f"{width} x {height} pixels")  # fmt: skip
     yield Check("Contrast", not flat, "The contrast is low; the answer may be unreliable."
                 if flat else f"{scan.contrast} of 255 levels of grey")  # fmt: skip
     yield Check("Colour", not coloured, "The picture is in colour; it was turned to grey."
                 if coloured else "greyscale")  # fmt: skip
+    yield Check("Background", not bright, "The background is bright; the answer for an inverted picture is unreliable."
+                if bright else "dark")  # fmt: skip
     yield Check("Text", not marked, "There is text or a scale beside the head; see that it names nobody."
                 if marked else "none seen beside the head")  # fmt: skip
 
@@ -760,12 +763,16 @@ def standing_out(pixels):
     """
     step = max(1, min(pixels.shape) // 256)
     sample = pixels[::step, ::step].astype(np.float32)
-    h, w = (max(1, n // 16) for n in sample.shape)
-    corners = np.stack([sample[:h, :w], sample[:h, -w:], sample[-h:, :w], sample[-h:, -w:]]).reshape(4, -1)
-    levels = np.median(corners, axis=1, keepdims=True)
+    levels = np.median(corners(sample), axis=1, keepdims=True)
     difference = np.abs(sample - np.median(levels))
-    noise = np.percentile(np.abs(corners - levels), 95, axis=1).min()
+    noise = np.percentile(np.abs(corners(sample) - levels), 95, axis=1).min()
     return step, difference > max(0.12 * np.percentile(difference, 99), 2 * noise)
+
+
+def corners(pixels):
+    """The pixels (4, n) of the four corners, a sixteenth of either side."""
+    h, w = (max(1, n // 16) for n in pixels.shape)
+    return np.stack([pixels[:h, :w], pixels[:h, -w:], pixels[-h:, :w], pixels[-h:, -w:]]).reshape(4, -1)
 
 
 def prepare(pixels: np.ndarray, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
@@ -1393,6 +1400,7 @@ def study_answer(entries, card):
     p = sum(entries[n]["tumor_probability"] for n in highest) / len(highest)
     verdict, risk = judge(p, rule["low"], rule["high"])
     return {"verdict": verdict, "risk": risk, "tumor_probability": round(p, 4), "highest": highest,
+            "rejected": sum(entry["verdict"] == "rejected" for entry in entries),
             "measured": bool(card.get("study"))}  # fmt: skip
 
 
@@ -1486,16 +1494,17 @@ def receive():
     Aborts as sent(), and with 413 and 503; raises UnreadableScan for a bad file.
     """
     files, plane = sent()
-    waiting = current_app.queue
-    with waiting.places(len(files)):
+    waiting, most = current_app.queue, current_app.config["MAX_AT_ONCE"]
+    asked = len(files) if len(files) <= most else 1  # a study has a queue of its own
+    with waiting.places(asked):
         named = [(file.filename, file.read()) for file in files]
         with current_app.reading:
             scans, skipped = read_upload(named, limits(), plane)
         if not request.form.get("identifiers"):
             scans = [replace(scan, identifiers=None) for scan in scans]
-        if len(scans) > current_app.config["MAX_AT_ONCE"]:
+        if len(scans) > most:
             return begin_study(scans, skipped)
-        with waiting.places(len(scans) - len(files), sure=True):  # pages, frames, slices
+        with waiting.places(len(scans) - asked, sure=True):  # pages, frames, slices
             findings = current_app.classifier.classify(scans)
             card = current_app.classifier.card
             return save(uploads_folder(), scans, findings, model_summary(), card, skipped=skipped)
@@ -2042,15 +2051,17 @@ def parts_of_an_upload(classifier, data, folder):
     (scan, *_) = read_scans(data, "scan")
     prepared = prepare(scan.pixels)[None]
     outputs = classifier.infer(prepared)
-    finding = classifier.finding(None, outputs["probabilities"][0], outputs["heat"][0])  # whether or not it is rejected
+    heat = outputs["heat"][0] if "heat" in outputs else None
+    finding = classifier.finding(None, outputs["probabilities"][0], heat)  # whether or not it is rejected
     kept = folder / save(folder, [scan], [finding], {}, classifier.card)["id"] / "0"
+    drawn = {} if heat is None else {"heatmap, when asked for": lambda: png_of(heatmap_of(kept))}
     return {
         "  decode": lambda: read_scans(data, "scan"),
         "  prepare": lambda: prepare(scan.pixels),
         "  checks": lambda: replace(scan).checks,  # a new scan, of which nothing is known yet
         "  network and verdict": lambda: classifier.classify([replace(scan)]),
         "  store": lambda: save(folder, [scan], [finding], {}, classifier.card),
-        "heatmap, when asked for": lambda: png_of(heatmap_of(kept)),
+        **drawn,
         "bare interpreter": lambda: classifier.infer(prepared),
     }
 

@@ -97,6 +97,7 @@ def test_a_bad_file_gets_one_sentence(data, status, sentence):
     (phantom(side=100), "The picture is small (100 pixels); details may be lost."),
     (phantom() // 8, "The contrast is low; the answer may be unreliable."),
     (np.dstack([phantom()] * 2 + [phantom() // 3]), "The picture is in colour; it was turned to grey."),
+    (255 - phantom(), "The background is bright; the answer for an inverted picture is unreliable."),
 ])
 def test_a_doubtful_picture_carries_a_warning(picture, warning):
     assert read_scans(encode(picture), "scan")[0].warnings == (warning,)
@@ -113,7 +114,7 @@ def test_text_beside_the_head_is_warned_of(side, points):
 
 def test_the_checks_say_what_was_looked_at():
     (scan,) = read_scans(encode(phantom(side=300)), "scan")
-    assert [check.name for check in scan.checks] == ["Size", "Contrast", "Colour", "Text"]
+    assert [check.name for check in scan.checks] == ["Size", "Contrast", "Colour", "Background", "Text"]
     assert all(check.passed for check in scan.checks) and scan.checks[0].says == "300 x 300 pixels"
 
 

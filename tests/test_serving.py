@@ -85,6 +85,15 @@ def test_scans_are_counted_not_uploads(held):
     assert app.queue.waiting == 0
 
 
+def test_a_study_shuts_nobody_out_while_it_is_read(app, monkeypatch):
+    """More files than are answered at once take one place: no network waits for them."""
+    asked = []
+    places = app.queue.places
+    monkeypatch.setattr(app.queue, "places", lambda scans, sure=False: asked.append(scans) or places(scans, sure))
+    assert post(app, *[SCAN] * (app.config["MAX_AT_ONCE"] + 1)).status_code == 202
+    assert asked == [1]
+
+
 def test_a_file_that_fails_gives_its_place_back(app):
     assert post(app, b"I am a text file").status_code == 415
     assert app.queue.waiting == 0
