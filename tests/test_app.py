@@ -1,6 +1,7 @@
 """What the pages and the API promise, through Flask's test client."""
 
 import csv
+import html
 import io
 import json
 import os
@@ -284,7 +285,7 @@ def test_health_fails_where_uploads_cannot_be_kept(app, client):
 
 
 def test_the_model_page_prints_the_card(client, card):
-    page = client.get("/model").text
+    page = html.unescape(client.get("/model").text)
     assert f"{card['figures']['Tumor against none']['AUROC']['value']:.3f}" in page
     assert all(limit in page for limit in card["limits"])
 
