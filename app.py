@@ -1400,7 +1400,7 @@ def study_answer(entries, card):
     p = sum(entries[n]["tumor_probability"] for n in highest) / len(highest)
     verdict, risk = judge(p, rule["low"], rule["high"])
     return {"verdict": verdict, "risk": risk, "tumor_probability": round(p, 4), "highest": highest,
-            "rejected": sum(entry["verdict"] == "rejected" for entry in entries),
+            "rejected": sum(entry["tumor_probability"] is None for entry in entries),
             "measured": bool(card.get("study"))}  # fmt: skip
 
 
