@@ -763,9 +763,10 @@ def standing_out(pixels):
     """
     step = max(1, min(pixels.shape) // 256)
     sample = pixels[::step, ::step].astype(np.float32)
-    levels = np.median(corners(sample), axis=1, keepdims=True)
+    background = corners(sample)
+    levels = np.median(background, axis=1, keepdims=True)
     difference = np.abs(sample - np.median(levels))
-    noise = np.percentile(np.abs(corners(sample) - levels), 95, axis=1).min()
+    noise = np.percentile(np.abs(background - levels), 95, axis=1).min()
     return step, difference > max(0.12 * np.percentile(difference, 99), 2 * noise)
 
 
@@ -1165,7 +1166,7 @@ def keep_scan(folder, scan, finding):
     folder.mkdir()
     picture = Image.fromarray(scan.pixels)
     picture.putpalette(GREYS)
-    picture.save(folder / "scan.png", compress_level=0)  # half the size would take eight times as long
+    picture.save(folder / "scan.png", compress_level=0)  # half the size would take seven times as long
     if finding.heat is not None:
         np.save(folder / "heat.npy", finding.heat)
     if scan.identifiers:

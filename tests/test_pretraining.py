@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 sys.path.insert(0, str(ROOT / "model_weights"))
 import cross_validate  # noqa: E402
@@ -95,6 +96,17 @@ def test_differing_from_a_teacher_costs():
     assert (other_answer > labels_alone + 1).all()
     assert np.isclose((other_features - same).mean(), 1, atol=0.01)  # the mean leaves the whole variance
     assert np.asarray(base.hit(marks, np.concatenate([answers, 9 * features], -1), classes=2)).all()
+
+
+def test_pictures_of_sixteen_bits_are_scaled_not_cut_off(tmp_path):
+    """A ramp to 40,000 stays a ramp; eight bits stay as they are."""
+    ramp = np.linspace(0, 40000, 64 * 64).reshape(64, 64).astype(np.uint16)
+    for name, pixels in (("deep", ramp), ("plain", (ramp // 256).astype(np.uint8))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "1.png")
+    deep, plain = base.read_folder(tmp_path, 64)["pixels"].astype(int)
+    assert abs(deep.mean() - 127.5) < 1 and deep.max() == 255
+    assert (plain == ramp // 256).all()
 
 
 @pytest.fixture(scope="module")
