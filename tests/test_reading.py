@@ -7,7 +7,7 @@ import pytest
 from conftest import encode, phantom
 from PIL import Image, ImageDraw, ImageFont
 
-from app import SIDE, UnreadableScan, head_box, heat_levels, prepare, read_scans
+from app import SIDE, UnreadableScan, differences, head_box, heat_levels, prepare, read_scans
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "JPEG"])
@@ -158,6 +158,15 @@ def test_the_margin_around_a_head_does_not_matter():
 
 def test_an_even_picture_is_not_cropped():
     assert head_box(np.full((50, 80), 7, np.uint8)) == (0, 0, 80, 50)
+
+
+@pytest.mark.parametrize("background", [0, 20.5, 255])
+def test_differences_give_the_percentile_that_sorting_gives(background):
+    noisy = np.random.default_rng(1).integers(0, 256, (40, 63), dtype=np.uint8)
+    for pixels in (phantom(), noisy, np.full((9, 9), 7, np.uint8)):
+        difference, most = differences(pixels, pixels[::2, ::2], background)
+        assert np.array_equal(difference, np.abs(pixels - np.float32(background)))
+        assert most == pytest.approx(np.percentile(difference[::2, ::2], 99), rel=1e-6)
 
 
 def test_heat_lies_over_the_spot_that_was_hot():
