@@ -706,8 +706,8 @@ def marks_beside(pixels):
     """
     step = max(1, -(-max(pixels.shape) // 320))
     h, w = (n // step for n in pixels.shape)
-    blocks = [pixels[i : h * step : step, j : w * step : step] for i in range(step) for j in range(step)]
-    small = reduce(np.maximum, blocks)
+    lines = reduce(np.maximum, [pixels[i : h * step : step] for i in range(step)])
+    small = reduce(np.maximum, [lines[:, j : w * step : step] for j in range(step)])
     margin = np.concatenate([small[:3].ravel(), small[-3:].ravel(), small[:, :3].ravel(), small[:, -3:].ravel()])
     difference, most = differences(small, small[::2, ::2], np.median(margin))
     threshold = max(25, 0.15 * most)
@@ -734,8 +734,9 @@ def spans(mask):
 
 
 def contrast(pixels):
-    """Levels of grey between the 1st and the 99th percentile of uint8 pixels, 0 to 255."""
-    below = np.cumsum(Image.fromarray(pixels).histogram())
+    """Levels of grey between the 1st and the 99th percentile of uint8 pixels, 0 to 255, as every few of them tell."""
+    step = max(1, min(pixels.shape) // 256)
+    below = np.cumsum(Image.fromarray(pixels[::step, ::step]).histogram())
     low, high = np.searchsorted(below, (0.01 * below[-1], 0.99 * below[-1]))
     return int(high - low)
 
@@ -776,11 +777,18 @@ def standing_out(pixels):
     """
     step = max(1, min(pixels.shape) // 256)
     sample = pixels[::step, ::step]
-    background = corners(sample).astype(np.float32)
-    levels = np.median(background, axis=1, keepdims=True)
-    difference, most = differences(sample, sample, np.median(levels))
-    noise = np.percentile(np.abs(background - levels), 95, axis=1).min()
+    background = np.sort(corners(sample).astype(np.float32))
+    levels = quantile(background, 0.5)
+    difference, most = differences(sample, sample, quantile(np.sort(levels), 0.5))
+    noise = quantile(np.sort(np.abs(background - levels[:, None])), 0.95).min()
     return step, difference > max(0.12 * most, 2 * noise)
+
+
+def quantile(ordered, share):
+    """A quantile of values (..., n) in ascending order; NumPy's own takes many times as long for so few."""
+    place = share * (ordered.shape[-1] - 1)
+    low, high = ordered[..., math.floor(place)], ordered[..., math.ceil(place)]
+    return low + (high - low) * (place % 1)
 
 
 def corners(pixels):
@@ -908,7 +916,7 @@ class Classifier:
         """The Finding for a scan, through infer(), or infer_beside() for one of many."""
         prepared = prepare(scan.pixels, scan.box)
         outputs = {name: values[0] for name, values in infer(prepared[None]).items()}
-        reason = self.why_rejected(scan, prepared[..., 0], outputs.get("embedding"))
+        reason = self.why_rejected(scan, prepared[..., 0].copy(), outputs.get("embedding"))
         finding = self.finding(reason, outputs["probabilities"], outputs.get("heat"))
         if finding.heat is not None and finding.label != NO_TUMOR and outside_head(prepared, finding.heat) > 0.5:
             return replace(finding, warnings=("The network looked outside the head; the answer may be unreliable.",))
@@ -937,7 +945,8 @@ class Classifier:
             return "The picture is blank or nearly so."
         if scan.colour > 40:
             return "The picture is in strong colours, which no MRI is."
-        if np.corrcoef(grey[::2, 1:].ravel(), grey[::2, :-1].ravel())[0, 1] < 0.5:
+        rows = grey[::2] - grey.mean(dtype=np.float32)
+        if np.vdot(rows[:, 1:], rows[:, :-1]) < 0.5 * np.vdot(rows, rows):  # their autocorrelation
             return "The picture is noise rather than a scan."
         if self.gate:
             features = gate_features(self.gate["scale"], embedding, grey)
@@ -1104,21 +1113,26 @@ HEAT_COLOURS = np.array(
 )  # fmt: skip
 
 
-def save(uploads, scans, findings, model, card, **more):
+def save(uploads, scans, classify, model, card, **more):
     """Write one upload to `uploads`/<id>/ and return its result, the dict of `result.json`.
 
     Holds the pictures re-encoded, the heats, of which heatmaps are drawn when they are asked for,
     and the answer; nothing of the files sent but the last part of their names. Written under a
-    temporary name, so it is whole or absent.
+    temporary name, so it is whole or absent. `classify` gives a Finding for each scan; what need not
+    wait for its network is done meanwhile.
     """
     result = new_result(model, **more)
-    entries = [scan_entry(result["id"], n, *each) for n, each in enumerate(zip(scans, findings))]
-    result |= {"status": "done", "progress": 1.0, "scans": entries, "study": study_answer(entries, card)}
     partial = uploads / f".{result['id']}"
     try:
         partial.mkdir(parents=True)  # the folder of uploads may have vanished
-        for n, (scan, finding) in enumerate(zip(scans, findings)):
-            keep_scan(partial / str(n), scan, finding)
+        with ThreadPoolExecutor(1) as beside:
+            kept = beside.submit(keep_pictures, partial, scans)
+            findings = classify(scans)
+            kept.result()
+        for n, finding in enumerate(findings):
+            keep_heat(partial / str(n), finding)
+        entries = [scan_entry(result["id"], n, *each) for n, each in enumerate(zip(scans, findings))]
+        result |= {"status": "done", "progress": 1.0, "scans": entries, "study": study_answer(entries, card)}
         write_result(partial, result)
         partial.rename(uploads / result["id"])
     except BaseException:
@@ -1143,7 +1157,7 @@ def new_result(model, **more):
 def write_result(folder, result):
     """Write result.json into a folder in one move; raises FileNotFoundError if the folder is gone."""
     partial = folder / ".result.json"
-    partial.write_text(json.dumps(result))
+    partial.write_bytes(json.dumps(result).encode())
     partial.replace(folder / "result.json")
 
 
@@ -1174,22 +1188,33 @@ def scan_entry(upload_id, n, scan, finding):
     }
 
 
-def keep_scan(folder, scan, finding):
-    """Write scan.png, heat.npy where there is a heat, and the study's identifiers where they were asked for."""
+def keep_pictures(folder, scans):
+    """Keep the picture of each scan in a folder of its own, and make the checks, which stay with the scan."""
+    for n, scan in enumerate(scans):
+        keep_picture(folder / str(n), scan)
+        _ = scan.checks
+
+
+def keep_picture(folder, scan):
+    """Write scan.png, and the study's identifiers where they were asked for."""
     folder.mkdir()
     picture = Image.fromarray(scan.pixels)
     picture.putpalette(GREYS)
     (folder / "scan.png").write_bytes(png_of(picture, compress_level=0))  # half the size would take seven times as long
-    if finding.heat is not None:
-        np.save(folder / "heat.npy", finding.heat)
     if scan.identifiers:
         (folder / "identifiers.json").write_text(json.dumps(scan.identifiers))
 
 
+def keep_heat(folder, finding):
+    """Write heat.f32 where there is a heat: its float32 values and nothing else."""
+    if finding.heat is not None:
+        finding.heat.tofile(folder / "heat.f32")
+
+
 def heatmap_of(folder):
-    """The heatmap of a scan that keep_scan() kept, as a picture."""
+    """The heatmap of a scan that was kept in a folder, as a picture."""
     with Image.open(folder / "scan.png") as picture:
-        return draw_heat(np.asarray(picture.convert("L")), np.load(folder / "heat.npy"))
+        return draw_heat(np.asarray(picture.convert("L")), np.fromfile(folder / "heat.f32", np.float32).reshape(14, 14))
 
 
 def png_of(picture, **how):
@@ -1361,7 +1386,8 @@ def answer_study(classifier, folder, result, scans):
     def answer(numbered):
         n, scan = numbered
         finding = classifier.classify_one(scan, classifier.infer_beside)
-        keep_scan(folder / str(n), scan, finding)
+        keep_picture(folder / str(n), scan)
+        keep_heat(folder / str(n), finding)
         return scan_entry(result["id"], n, scan, finding)
 
     with crew_of_threads() as pool:
@@ -1519,9 +1545,8 @@ def receive():
         if len(scans) > most:
             return begin_study(scans, skipped)
         with waiting.places(len(scans) - asked, sure=True):  # pages, frames, slices
-            findings = current_app.classifier.classify(scans)
-            card = current_app.classifier.card
-            return save(uploads_folder(), scans, findings, model_summary(), card, skipped=skipped)
+            classifier = current_app.classifier
+            return save(uploads_folder(), scans, classifier.classify, model_summary(), classifier.card, skipped=skipped)
 
 
 def sent():
@@ -1657,12 +1682,12 @@ def thumbnail(upload_id, n):
 
 def heatmap(upload_id, n):
     """GET /results/<id>/<n>/heatmap.png"""
-    return Response(png_of(heatmap_of(found_picture(upload_id, n, "heat.npy"))), mimetype="image/png")
+    return Response(png_of(heatmap_of(found_picture(upload_id, n, "heat.f32"))), mimetype="image/png")
 
 
 def heatmap_dicom(upload_id, n):
     """GET /results/<id>/<n>/heatmap.dcm: the heatmap as a DICOM Secondary Capture."""
-    folder = found_picture(upload_id, n, "heat.npy")
+    folder = found_picture(upload_id, n, "heat.f32")
     kept = folder / "identifiers.json"
     identifiers = json.loads(kept.read_text()) if kept.exists() else {}
     headers = {"Content-Disposition": f"attachment; filename=heatmap_{n}.dcm"}
@@ -2067,14 +2092,18 @@ def parts_of_an_upload(classifier, data, folder):
     outputs = classifier.infer(prepared)
     heat = outputs["heat"][0] if "heat" in outputs else None
     finding = classifier.finding(None, outputs["probabilities"][0], heat)  # whether or not it is rejected
-    kept = folder / save(folder, [scan], [finding], {}, classifier.card)["id"] / "0"
+
+    def store():
+        return save(folder, [scan], lambda scans: [finding], {}, classifier.card)
+
+    kept = folder / store()["id"] / "0"
     drawn = {} if heat is None else {"heatmap, when asked for": lambda: png_of(heatmap_of(kept))}
     return {
         "  decode": lambda: read_scans(data, "scan"),
         "  prepare": lambda: prepare(scan.pixels),
         "  checks": lambda: replace(scan).checks,  # a new scan, of which nothing is known yet
         "  network and verdict": lambda: classifier.classify([replace(scan)]),
-        "  store": lambda: save(folder, [scan], [finding], {}, classifier.card),
+        "  store": store,
         **drawn,
         "bare interpreter": lambda: classifier.infer(prepared),
     }

@@ -188,11 +188,44 @@ def head_ct(random):
     return grained(picture, random)
 
 
+def fundus(random):
+    """The back of an eye, turned to grey: a round on black, a bright disc, from which dark vessels branch."""
+    picture, draw = canvas(random, 0, 250, 500)
+    radius = random.uniform(0.42, 0.56) * picture.width  # of a wide one the edge of the picture cuts some off
+    middle = np.array(picture.size) / 2
+    shade, side = random.integers(60, 170), random.choice([-1, 1])
+    draw.ellipse((*(middle - radius), *(middle + radius)), fill=int(shade))
+    spot = middle - (side * random.uniform(0.1, 0.3) * radius, random.uniform(-0.1, 0.1) * radius)
+    draw.ellipse((*(spot - 0.16 * radius), *(spot + 0.16 * radius)), fill=int(shade * random.uniform(0.5, 0.8)))
+    picture = picture.filter(ImageFilter.GaussianBlur(0.06 * radius))
+    draw, disc = ImageDraw.Draw(picture), middle + (side * random.uniform(0.35, 0.65) * radius, 0)
+    reach = radius * random.uniform(0.1, 0.16)
+    draw.ellipse((*(disc - reach), *(disc + reach)), fill=int(min(255, shade * random.uniform(1.3, 2))))
+    for angle in np.pi * np.array([0.3, 0.5, 0.7, 1.3, 1.5, 1.7]):
+        vessel(draw, random, disc, angle + random.normal(0, 0.2), 0.025 * radius, radius / 12, shade)
+    outside = Image.new("L", picture.size, 255)
+    ImageDraw.Draw(outside).ellipse((*(middle - 0.97 * radius), *(middle + 0.97 * radius)), fill=0)
+    picture.paste(0, mask=outside)
+    return grained(picture, random)
+
+
+def vessel(draw, random, start, angle, width, step, shade):
+    """A dark vessel that winds from a point and branches until it is thin."""
+    while width > 0.6:
+        end = start + step * np.array((np.cos(angle), np.sin(angle)))
+        draw.line((*start, *end), fill=int(shade * 0.6), width=max(1, round(2 * width)))
+        if random.random() < 0.25:
+            vessel(draw, random, end, angle + random.choice([-1, 1]) * random.uniform(0.4, 1), 0.7 * width, step, shade)
+        start, angle, width = end, angle + random.normal(0, 0.15), 0.92 * width
+
+
 KINDS = {
     "documents": document, "screenshots": screenshot, "charts": chart, "noise": noise, "gradients": gradient,
     "logos": logo, "textures": texture, "drawn chests": chest, "drawn trunks": trunk, "drawn limbs": limb,
-    "drawn heads as in CT": head_ct,
+    "drawn heads as in CT": head_ct, "drawn eyes": fundus,
 }  # fmt: skip
 
 # The real kind that a drawn one stands for: who leaves one out of fitting leaves out both.
-ALIKE = {"drawn chests": "radiographs", "drawn trunks": "body_ct", "drawn heads as in CT": "head_ct"}
+ALIKE = {
+    "drawn chests": "radiographs", "drawn trunks": "body_ct", "drawn heads as in CT": "head_ct", "drawn eyes": "fundus",
+}  # fmt: skip

@@ -231,17 +231,18 @@ def test_nothing_of_the_file_itself_is_kept(app, send):
     data = encode(phantom(), "JPEG", exif=exif)
     result = send((data, "/home/doe/scan.jpg")).get_json()
     stored = [path for path in pathlib.Path(app.config["UPLOADS"]).rglob("*") if path.is_file()]
-    assert sorted(path.name for path in stored) == ["heat.npy", "result.json", "scan.png"]
+    assert sorted(path.name for path in stored) == ["heat.f32", "result.json", "scan.png"]
     assert not any(b"DOE^JOHN" in path.read_bytes() for path in stored)
     assert result["scans"][0]["file"] == "scan.jpg"
 
 
-def test_a_failed_write_leaves_nothing_and_the_next_upload_works(send, uploads, monkeypatch, app):
+@pytest.mark.parametrize("at", ["keep_picture", "keep_heat", "write_result"])
+def test_a_failed_write_leaves_nothing_and_the_next_upload_works(send, uploads, monkeypatch, app, at):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("app.np.save", full)
+        patch.setattr(f"app.{at}", full)
         response = send((SCAN, "scan.jpg"))
     assert (response.status_code, response.headers["Retry-After"]) == (503, "60")
     assert response.get_json() == {"error": "The server cannot keep results at the moment; try again later."}
