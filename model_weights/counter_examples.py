@@ -192,21 +192,25 @@ def fundus(random):
     """The back of an eye, turned to grey: a round on black, a bright disc, from which dark vessels branch."""
     picture, draw = canvas(random, 0, 250, 500)
     radius = random.uniform(0.42, 0.56) * picture.width  # of a wide one the edge of the picture cuts some off
-    middle = np.array(picture.size) / 2
-    shade, side = random.integers(60, 170), random.choice([-1, 1])
-    draw.ellipse((*(middle - radius), *(middle + radius)), fill=int(shade))
-    spot = middle - (side * random.uniform(0.1, 0.3) * radius, random.uniform(-0.1, 0.1) * radius)
-    draw.ellipse((*(spot - 0.16 * radius), *(spot + 0.16 * radius)), fill=int(shade * random.uniform(0.5, 0.8)))
+    middle, side = np.array(picture.size) / 2, random.choice([-1, 1])
+    disc = middle + (side * random.uniform(0, 0.65) * radius, random.uniform(-0.1, 0.1) * radius)
+    shade, spot = random.integers(50, 170), disc - (side * 0.8 * radius, 0)
+    circle(draw, middle, radius, shade)
+    circle(draw, spot, 0.16 * radius, shade * random.uniform(0.5, 0.8))
     picture = picture.filter(ImageFilter.GaussianBlur(0.06 * radius))
-    draw, disc = ImageDraw.Draw(picture), middle + (side * random.uniform(0.35, 0.65) * radius, 0)
-    reach = radius * random.uniform(0.1, 0.16)
-    draw.ellipse((*(disc - reach), *(disc + reach)), fill=int(min(255, shade * random.uniform(1.3, 2))))
+    draw = ImageDraw.Draw(picture)
+    circle(draw, disc, radius * random.uniform(0.1, 0.16), min(255, shade * random.uniform(1.3, 3)))
     for angle in np.pi * np.array([0.3, 0.5, 0.7, 1.3, 1.5, 1.7]):
         vessel(draw, random, disc, angle + random.normal(0, 0.2), 0.025 * radius, radius / 12, shade)
-    outside = Image.new("L", picture.size, 255)
-    ImageDraw.Draw(outside).ellipse((*(middle - 0.97 * radius), *(middle + 0.97 * radius)), fill=0)
-    picture.paste(0, mask=outside)
-    return grained(picture, random)
+    y, x = np.indices(picture.size[::-1])
+    from_disc, from_middle = (np.hypot(x - place[0], y - place[1]) / radius for place in (disc, middle))
+    light = (1 - random.uniform(0, 0.7) * from_disc).clip(0) * (from_middle < 0.97)
+    return grained(Image.fromarray((np.asarray(picture) * light).astype(np.uint8)), random)
+
+
+def circle(draw, centre, radius, shade):
+    """A filled circle, its centre and radius in pixels."""
+    draw.ellipse((*(centre - radius), *(centre + radius)), fill=int(shade))
 
 
 def vessel(draw, random, start, angle, width, step, shade):
