@@ -250,6 +250,13 @@ def test_a_failed_write_leaves_nothing_and_the_next_upload_works(send, uploads, 
     assert send((SCAN, "scan.jpg")).status_code == 200
 
 
+def test_a_network_that_fails_leaves_no_picture_that_was_written_meanwhile(send, uploads, monkeypatch, app):
+    monkeypatch.setattr(app.classifier, "classify", lambda scans: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        send((SCAN, "scan.jpg"))
+    assert uploads() == []
+
+
 def test_a_name_with_markup_is_shown_as_text(client, send):
     response = send((SCAN, "<script>alert(1)</script>.jpg"), to="/")
     assert "<script>alert" not in client.get(response.location).text

@@ -7,7 +7,7 @@ import pytest
 from conftest import encode, phantom
 from PIL import Image, ImageDraw, ImageFont
 
-from app import SIDE, UnreadableScan, differences, head_box, heat_levels, prepare, read_scans
+from app import SIDE, UnreadableScan, differences, head_box, heat_levels, prepare, quantile, read_scans
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "JPEG"])
@@ -178,3 +178,9 @@ def test_heat_lies_over_the_spot_that_was_hot():
     heat = prepared.reshape(14, 16, 14, 16).mean((1, 3)).astype(np.float32) - 130
     y, x = np.unravel_index(heat_levels(pixels, heat).argmax(), pixels.shape)
     assert abs(y - 128) < 12 and abs(x - 158) < 12
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.5, 0.95, 1])
+def test_quantiles_are_those_of_numpy(share):
+    ordered = np.sort(np.random.default_rng(0).normal(size=(4, 38)))
+    assert quantile(ordered, share) == pytest.approx(np.quantile(ordered, share, axis=1))
