@@ -1208,7 +1208,7 @@ def keep_picture(folder, scan):
 def keep_heat(folder, finding):
     """Write heat.f32 where there is a heat: its float32 values and nothing else."""
     if finding.heat is not None:
-        finding.heat.tofile(folder / "heat.f32")
+        (folder / "heat.f32").write_bytes(finding.heat.tobytes())
 
 
 def heatmap_of(folder):
