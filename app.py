@@ -1113,26 +1113,21 @@ HEAT_COLOURS = np.array(
 )  # fmt: skip
 
 
-def save(uploads, scans, classify, model, card, **more):
+def save(uploads, scans, findings, model, card, **more):
     """Write one upload to `uploads`/<id>/ and return its result, the dict of `result.json`.
 
     Holds the pictures re-encoded, the heats, of which heatmaps are drawn when they are asked for,
     and the answer; nothing of the files sent but the last part of their names. Written under a
-    temporary name, so it is whole or absent. `classify` gives a Finding for each scan; what need not
-    wait for its network is done meanwhile.
+    temporary name, so it is whole or absent.
     """
     result = new_result(model, **more)
+    entries = [scan_entry(result["id"], n, *each) for n, each in enumerate(zip(scans, findings))]
+    result |= {"status": "done", "progress": 1.0, "scans": entries, "study": study_answer(entries, card)}
     partial = uploads / f".{result['id']}"
     try:
         partial.mkdir(parents=True)  # the folder of uploads may have vanished
-        with ThreadPoolExecutor(1) as beside:
-            kept = beside.submit(keep_pictures, partial, scans)
-            findings = classify(scans)
-            kept.result()
-        for n, finding in enumerate(findings):
-            keep_heat(partial / str(n), finding)
-        entries = [scan_entry(result["id"], n, *each) for n, each in enumerate(zip(scans, findings))]
-        result |= {"status": "done", "progress": 1.0, "scans": entries, "study": study_answer(entries, card)}
+        for n, (scan, finding) in enumerate(zip(scans, findings)):
+            keep_scan(partial / str(n), scan, finding)
         write_result(partial, result)
         partial.rename(uploads / result["id"])
     except BaseException:
@@ -1188,31 +1183,20 @@ def scan_entry(upload_id, n, scan, finding):
     }
 
 
-def keep_pictures(folder, scans):
-    """Keep the picture of each scan in a folder of its own, and make the checks, which stay with the scan."""
-    for n, scan in enumerate(scans):
-        keep_picture(folder / str(n), scan)
-        _ = scan.checks
-
-
-def keep_picture(folder, scan):
-    """Write scan.png, and the study's identifiers where they were asked for."""
+def keep_scan(folder, scan, finding):
+    """Write scan.png, heat.f32 where there is a heat, and the study's identifiers where they were asked for."""
     folder.mkdir()
     picture = Image.fromarray(scan.pixels)
     picture.putpalette(GREYS)
     (folder / "scan.png").write_bytes(png_of(picture, compress_level=0))  # half the size would take seven times as long
+    if finding.heat is not None:
+        (folder / "heat.f32").write_bytes(finding.heat.tobytes())  # float32 (14, 14)
     if scan.identifiers:
         (folder / "identifiers.json").write_text(json.dumps(scan.identifiers))
 
 
-def keep_heat(folder, finding):
-    """Write heat.f32 where there is a heat: its float32 values and nothing else."""
-    if finding.heat is not None:
-        (folder / "heat.f32").write_bytes(finding.heat.tobytes())
-
-
 def heatmap_of(folder):
-    """The heatmap of a scan that was kept in a folder, as a picture."""
+    """The heatmap of a scan that keep_scan() kept, as a picture."""
     with Image.open(folder / "scan.png") as picture:
         return draw_heat(np.asarray(picture.convert("L")), np.fromfile(folder / "heat.f32", np.float32).reshape(14, 14))
 
@@ -1386,8 +1370,7 @@ def answer_study(classifier, folder, result, scans):
     def answer(numbered):
         n, scan = numbered
         finding = classifier.classify_one(scan, classifier.infer_beside)
-        keep_picture(folder / str(n), scan)
-        keep_heat(folder / str(n), finding)
+        keep_scan(folder / str(n), scan, finding)
         return scan_entry(result["id"], n, scan, finding)
 
     with crew_of_threads() as pool:
@@ -1545,8 +1528,9 @@ def receive():
         if len(scans) > most:
             return begin_study(scans, skipped)
         with waiting.places(len(scans) - asked, sure=True):  # pages, frames, slices
-            classifier = current_app.classifier
-            return save(uploads_folder(), scans, classifier.classify, model_summary(), classifier.card, skipped=skipped)
+            findings = current_app.classifier.classify(scans)
+            card = current_app.classifier.card
+            return save(uploads_folder(), scans, findings, model_summary(), card, skipped=skipped)
 
 
 def sent():
@@ -2092,18 +2076,14 @@ def parts_of_an_upload(classifier, data, folder):
     outputs = classifier.infer(prepared)
     heat = outputs["heat"][0] if "heat" in outputs else None
     finding = classifier.finding(None, outputs["probabilities"][0], heat)  # whether or not it is rejected
-
-    def store():
-        return save(folder, [scan], lambda scans: [finding], {}, classifier.card)
-
-    kept = folder / store()["id"] / "0"
+    kept = folder / save(folder, [scan], [finding], {}, classifier.card)["id"] / "0"
     drawn = {} if heat is None else {"heatmap, when asked for": lambda: png_of(heatmap_of(kept))}
     return {
         "  decode": lambda: read_scans(data, "scan"),
         "  prepare": lambda: prepare(scan.pixels),
         "  checks": lambda: replace(scan).checks,  # a new scan, of which nothing is known yet
         "  network and verdict": lambda: classifier.classify([replace(scan)]),
-        "  store": store,
+        "  store": lambda: save(folder, [scan], [finding], {}, classifier.card),
         **drawn,
         "bare interpreter": lambda: classifier.infer(prepared),
     }

@@ -261,7 +261,7 @@ def test_a_folder_of_uploads_that_vanished_is_made_again(app, send):
     assert send((SCAN, "a.png")).status_code == 200
 
 
-@pytest.mark.parametrize("at", ["keep_picture", "write_result"])
+@pytest.mark.parametrize("at", ["keep_scan", "write_result"])
 def test_an_upload_that_was_killed_midway_is_never_served(app, client, send, monkeypatch, at):
     """As if the power went: nothing tidies up, and no half result answers."""
     monkeypatch.setattr(f"app.{at}", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
