@@ -394,9 +394,14 @@ def stretched(values):
     picture every few pixels tell them.
     """
     values = np.nan_to_num(values)
-    step = max(1, min(values.shape) // 256)
-    low, high = np.percentile(values[::step, ::step], (0.1, 99.9))
+    low, high = np.percentile(sampled(values)[1], (0.1, 99.9))
     return as_pixels(values, low, high), (float(low), float(high))
+
+
+def sampled(pixels):
+    """(step, every `step`-th of the pixels down and across): of a large picture few tell the levels of grey as well."""
+    step = max(1, min(pixels.shape) // 256)
+    return step, pixels[::step, ::step]
 
 
 def as_pixels(values, black, white):
@@ -735,8 +740,7 @@ def spans(mask):
 
 def contrast(pixels):
     """Levels of grey between the 1st and the 99th percentile of uint8 pixels, 0 to 255, as every few of them tell."""
-    step = max(1, min(pixels.shape) // 256)
-    below = np.cumsum(Image.fromarray(pixels[::step, ::step]).histogram())
+    below = np.cumsum(Image.fromarray(sampled(pixels)[1]).histogram())
     low, high = np.searchsorted(below, (0.01 * below[-1], 0.99 * below[-1]))
     return int(high - low)
 
@@ -775,8 +779,7 @@ def standing_out(pixels):
     The background is the level of the four corners, so that a white one works as well, and its
     noise that of the quietest corner.
     """
-    step = max(1, min(pixels.shape) // 256)
-    sample = pixels[::step, ::step]
+    step, sample = sampled(pixels)
     background = np.sort(corners(sample).astype(np.float32))
     levels = quantile(background, 0.5)
     difference, most = differences(sample, sample, quantile(np.sort(levels), 0.5))
@@ -916,7 +919,7 @@ class Classifier:
         """The Finding for a scan, through infer(), or infer_beside() for one of many."""
         prepared = prepare(scan.pixels, scan.box)
         outputs = {name: values[0] for name, values in infer(prepared[None]).items()}
-        reason = self.why_rejected(scan, prepared[..., 0].copy(), outputs.get("embedding"))
+        reason = self.why_rejected(scan, prepared[..., 0], outputs.get("embedding"))
         finding = self.finding(reason, outputs["probabilities"], outputs.get("heat"))
         if finding.heat is not None and finding.label != NO_TUMOR and outside_head(prepared, finding.heat) > 0.5:
             return replace(finding, warnings=("The network looked outside the head; the answer may be unreliable.",))
