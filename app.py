@@ -1,13 +1,14 @@
-"""Reads a brain MRI and says whether it shows a tumor, of which kind, how sure it is and where it looked.
+"""Reads a brain MRI and says whether it shows a tumor, of which kind, and where it looked.
 
 `flask run` serves a form for people and `POST /upload` for programs. The file reads in the order
-in which data flows: settings, reading, classifier, store, pages, commands. Not a medical device.
+in which data flows: settings, reading, classifier, store, jobs, pages, commands, and the app that
+joins them. Not a medical device.
 """
 
 import contextlib
-import copy
 import csv
 import datetime
+import gzip
 import hashlib
 import io
 import json
@@ -19,30 +20,25 @@ import queue
 import re
 import secrets
 import shutil
-import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, reduce
-from itertools import islice
+from functools import cache, reduce
+from itertools import chain, islice
 from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
 import click
 import numpy as np
-import psutil
 from flask import (
+    Blueprint,
     Flask,
     Response,
     abort,
@@ -54,13 +50,11 @@ from flask import (
     send_file,
     url_for,
 )
-from flask.cli import with_appcontext
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from tqdm import tqdm
-from werkzeug.datastructures import FileStorage
+from werkzeug import formparser
 from werkzeug.exceptions import HTTPException, InternalServerError, RequestEntityTooLarge
-from werkzeug.test import encode_multipart
 
 HERE = pathlib.Path(__file__).parent
 
@@ -70,23 +64,24 @@ DEFAULTS = {
     "MODEL": str(HERE / "model.keras"),
     "UPLOADS": str(HERE / "uploads"),
     "MAX_CONTENT_LENGTH": 64 * 1024 * 1024,  # bytes of one request
-    "MAX_FILES": 1000,  # of one request, and in one ZIP
+    "MAX_FILES": 1000,  # in one request, and in one ZIP
     "MAX_SCANS": 1000,  # in the files of one request
-    "MAX_PIXELS": 50_000_000,  # pixels of one picture, before it is decoded
-    "MAX_UNPACKED": 512 * 1024 * 1024,  # bytes of a ZIP or a .nii.gz, unpacked
-    "MAX_AT_ONCE": 16,  # scans of an upload that is answered at once; a larger one is answered while one watches
-    "MAX_STUDIES": 4,  # of these larger ones that wait
-    "MAX_WAITING": 16,  # scans at work or waiting for the network; once it is reached: 503
+    "MAX_PIXELS": 50_000_000,  # of one picture, looked at before it is decoded
+    "MAX_UNPACKED": 512 * 1024 * 1024,  # bytes that one request may unpack to
+    "MAX_AT_ONCE": 16,  # scans answered within the request; larger uploads run in the background
+    "MAX_STUDIES": 4,  # background uploads that may queue
+    "MAX_WAITING": 16,  # scans being answered within requests; once it is reached: 503
     "RETENTION_HOURS": 24.0,
+    "KEEP_NAMES": 1,  # 0: results call the files "scan 1.jpg", "scan 2.jpg", …
     "THREADS": os.cpu_count() or 1,
     "CORS_ORIGINS": "",  # separated by commas
 }
 
 
-def configure(app, overrides):
+def configure(app: Flask, overrides: dict) -> None:
     """Fill app.config from DEFAULTS, then from FLASK_... in the environment, then from `overrides`.
 
-    Raises click.BadParameter if a value has not the type of its default.
+    Raises click.BadParameter if a value does not have the type of its default.
     """
     app.config.from_mapping(DEFAULTS)
     app.config.from_prefixed_env()
@@ -95,96 +90,108 @@ def configure(app, overrides):
         try:
             app.config[key] = type(default)(app.config[key])
         except (TypeError, ValueError):
-            kind = "a text" if isinstance(default, str) else "a number"
-            raise click.BadParameter(
-                f"FLASK_{key} is {app.config[key]!r}, but it has to be {kind}, such as {default!r}."
-            ) from None
+            kind = "text" if isinstance(default, str) else "a number"
+            value = app.config[key]
+            sentence = f"FLASK_{key} is {value!r}, but it has to be {kind}, such as {default!r}."
+            raise click.BadParameter(sentence) from None
 
 
-# ------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------- scans
 
 SIDE = 224  # pixels the network sees, across and down
 KEPT_SIDE = 1024  # a larger picture is reduced to this; the network sees less anyway
-SMALLEST_SIDE = 32
-LONGEST = 16  # times as long as wide, at most
-KINDS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-ACCEPTED = "a DICOM, NIfTI, JPEG, PNG, WEBP, BMP or TIFF file, or a ZIP of them"
 PLANES = ("sagittal", "coronal", "axial")  # across the patient's x, y and z
-Image.MAX_IMAGE_PIXELS = None  # check_size() looks at the size, before anything is decoded
 
 
 class UnreadableScan(ValueError):
-    """A file that gives no scan; the message is for the person who sent it, `status` for HTTP."""
+    """A file no scan can be read from; the message is for its sender, `status` for HTTP."""
 
     def __init__(self, message, status=415):
         super().__init__(message)
         self.status = status
 
 
+class TooMuch(UnreadableScan):
+    """A limit of the whole upload is reached, so none of it is read."""
+
+    def __init__(self, message):
+        super().__init__(message, 413)
+
+
 class Limits(NamedTuple):
-    """How much may be read: pixels of a picture, scans and files in all, bytes and pixels unpacked."""
+    """The most that one request may hold: pixels of one picture, scans, files, bytes unpacked."""
 
     pixels: int = DEFAULTS["MAX_PIXELS"]
     scans: int = DEFAULTS["MAX_SCANS"]
     files: int = DEFAULTS["MAX_FILES"]
     unpacked: int = DEFAULTS["MAX_UNPACKED"]
-    used: int = 0  # pixels unpacked already
 
 
 LIMITS = Limits()
 
 
+class Skipped(NamedTuple):
+    """A file or a slice that is not answered, and why; slices are counted from 0."""
+
+    file: str
+    reason: str
+    series: str | None = None
+    slice: int | None = None
+
+
 class Check(NamedTuple):
-    """Something that the picture was looked at for, whether it is well, and what was found."""
+    """One quality check of a picture: what was checked, and what the reader should know."""
 
     name: str
     passed: bool
-    says: str
+    message: str
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One greyscale picture: pixels uint8 (H, W), where it came from, and what its file says against it.
-
-    What takes time to find out is found out when it is first asked for: in a study, by the crew.
-    """
+    """One greyscale picture, uint8 (H, W), where it came from, and what was found in it."""
 
     pixels: np.ndarray
     file: str
     slice: int = 0  # its place in the series, or its page, from 0
-    series: str | None = None  # of a study, "1", "2", …; until arranged() a hash of the series' identifier
+    study: str | None = None  # "1", "2", …: one for each patient and study
+    series: str | None = None  # "1", "2", …; None for a loose picture
     plane: str | None = None
     size: tuple[int, int] | None = None  # width and height as sent
     window: tuple[float, float] | None = None  # the stored values shown as black and as white
     colour: float = 0.0  # mean distance between the largest and smallest of R, G, B; 0 to 255
     position: float = 0.0  # along the series, in mm where the file says so
-    signal: float = 0.0  # range of the stored values, to be compared within a series
-    identifiers: dict[str, str] | None = None  # of the study; kept only if the sender asks for it
-    remarks: tuple[str, ...] = ()  # of the file itself, in plain words
-
-    @cached_property
-    def box(self):
-        """Where the head is: head_box() of the pixels."""
-        return head_box(self.pixels)
-
-    @cached_property
-    def contrast(self):
-        """Levels of grey: contrast() of the pixels."""
-        return contrast(self.pixels)
-
-    @cached_property
-    def checks(self):
-        """A Check for each thing that a reader of the answer should know about the picture."""
-        return tuple(quality_checks(self))
+    copies: tuple = ()  # what two slices of a series share only if they are the same one
+    study_key: str | None = None  # a hash that is the same for all files of a patient's study
+    series_key: str | None = None  # and one for all files of the series
+    identifiers: dict[str, str] | None = None  # of the study; only if the sender asks for them
+    remarks: tuple[str, ...] = ()  # about the file itself, in plain words
+    box: tuple[int, int, int, int] | None = None  # where the head is; this and the rest: look_at()
+    contrast: int = 255  # levels of grey
+    checks: tuple[Check, ...] = ()
+    emptiness: str | None = None  # why a slice of a series shows no head
 
     @property
-    def warnings(self):
+    def warnings(self) -> tuple[str, ...]:
         """The remarks, and a sentence for each check that failed."""
-        return self.remarks + tuple(check.says for check in self.checks if not check.passed)
+        return self.remarks + tuple(check.message for check in self.checks if not check.passed)
 
 
-def read_scans(data: bytes, name: str, limits: Limits = LIMITS, plane: str | None = None) -> list[Scan]:
-    """The scans in one file: one for a still picture, one a page, frame or slice for the rest.
+# ------------------------------------------------------------------------------- uploads
+
+SMALLEST_SIDE = 32
+LONGEST = 16  # times as long as wide, at most
+EXPANSION = 20  # times as large as sent may an upload be when unpacked,
+ALWAYS_UNPACKED = 96 * 2**20  # but always this many bytes
+SECONDS, SECONDS_PER_MB = 3.5, 0.8  # of one core, for reading one upload
+LOOKERS = min(4, os.cpu_count() or 1)  # threads that look at scans while the next ones are read
+ACCEPTED = "a DICOM, NIfTI, JPEG, PNG, WEBP, BMP or TIFF file, or a ZIP of them"
+
+
+def read_scans(
+    data: bytes, name: str, limits: Limits = LIMITS, plane: str | None = None
+) -> list[Scan]:
+    """The scans in one file: one for a still picture, otherwise one per page, frame or slice.
 
     The kind is told from the content, never from the name, of which only the last part is kept.
     `plane` is that of the slices of a NIfTI volume: one of PLANES, "all", or None for the one in
@@ -193,77 +200,188 @@ def read_scans(data: bytes, name: str, limits: Limits = LIMITS, plane: str | Non
     return read_upload([(name, data)], limits, plane)[0]
 
 
-def read_upload(files, limits=LIMITS, plane=None):
-    """The scans in files (name, bytes), series by series in order, and {what: how many} were skipped.
+def read_upload(
+    files: list[tuple[str, bytes]],
+    limits: Limits = LIMITS,
+    plane: str | None = None,
+    identifiers: bool = False,
+) -> tuple[list[Scan], list[Skipped]]:
+    """The scans in files (name, bytes), series by series in order, and what was left out.
 
-    What is no scan is skipped in a ZIP and among the files of a study; else it raises UnreadableScan.
+    A file that is no scan is left out; it raises UnreadableScan if there is no other. The
+    identifiers of a study are read only if they are asked for.
     """
-    scans, excuses, skipped, used = [], [], Counter(), 0
-    for name, data in unpacked(files, limits):
-        left = limits._replace(scans=limits.scans - len(scans), used=used)
-        try:
-            with quiet():
-                found = read_file(data, plain_name(name), left, plane)
-            used += sum(max(math.prod(scan.size), scan.pixels.nbytes) for scan in found)
-            scans += found
-        except UnreadableScan as excuse:
-            if excuse.status == 413:
-                raise
-            excuses.append(excuse)
-    if excuses and (not scans or not any(scan.series for scan in scans) and not any(is_zip(data) for _, data in files)):
-        raise excuses[0]
-    if excuses:
-        skipped["files that are no scans"] = len(excuses)
-    return arranged(scans, skipped), dict(skipped)
+    budget, excuses = Budget(limits, sum(len(data) for _, data in files)), []
+    with quiet(), ThreadPoolExecutor(LOOKERS) as pool:
+        found = read_files(files, budget, excuses, plane, identifiers)
+        scans = list(pool.map(look_at, found))
+    if excuses and not scans:
+        raise excuses[0][1]
+    scans, left_out = sort_series(scans)
+    return scans, [Skipped(plain_name(name), str(why)) for name, why in excuses] + left_out
 
 
-def unpacked(files, limits):
-    """Yield (name, bytes) of files, those in a ZIP one by one; raises UnreadableScan at the limits."""
-    for name, data in files:
-        if not is_zip(data):
-            yield name, data
-            continue
+def read_files(files, budget, excuses, plane, identifiers):
+    """Yield the scans in files; (name, UnreadableScan) of a file without any goes to `excuses`."""
+    for name, data in unpack(files, budget, excuses):
+        left = budget.scans
         try:
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                yield from members(archive, plain_name(name), limits)
-        except UnreadableScan:
+            yield from read_file(data, plain_name(name), budget, plane, identifiers)
+        except TooMuch:
             raise
-        except Exception:  # zipfile raises nearly anything on an archive that lies, and for a password
-            raise damaged(plain_name(name)) from None
+        except UnreadableScan as excuse:
+            budget.scans = left
+            excuses.append((name, excuse))
 
 
-def members(archive, name, limits):
-    """Yield (name, bytes) of what a ZIP holds, folders and what Macs leave there left out."""
-    inside = [member for member in archive.infolist() if not member.is_dir() and not is_litter(member.filename)]
-    if len(inside) > limits.files:
-        raise UnreadableScan(f"{name} holds {len(inside)} files, but at most {limits.files} are read.", 413)
-    if not inside:
-        raise UnreadableScan(f"{name} is an empty ZIP; pack the scans into it.")
-    left = limits.unpacked
+def read_file(data, name, budget, plane, identifiers):
+    """The scans of one file that is no ZIP."""
+    budget.check_time(name)
+    if not data:
+        raise UnreadableScan(f"{name} is empty; choose the file again.", 400)
+    if data[:2] == b"\x1f\x8b":
+        data = gunzip(data, name, budget)
+    unmarked = data[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x08") and b"\x00" in data[2:4]
+    if data[128:132] == b"DICM" or unmarked:
+        return read_dicom(data, name, budget, identifiers)
+    if data[344:347] == b"n+1" or data[4:7] == b"n+2":
+        return read_nifti(data, name, budget, plane)
+    if data[344:347] == b"ni1":
+        raise UnreadableScan(f"{name} is half of a NIfTI pair; save the volume as one .nii file.")
+    if data[:4] in TIFF_STARTS:
+        return read_tiff(data, name, budget)
+    return read_picture(data, name, budget)
+
+
+class Budget:
+    """What one upload may still cost: told from headers and counts, before the work is done.
+
+    A small upload gets less than the limits, so that no small file can cost much.
+    """
+
+    def __init__(self, limits, sent):
+        """For an upload of `sent` bytes."""
+        self.limits, self.scans, self.files = limits, limits.scans, limits.files
+        self.most = min(limits.unpacked, max(ALWAYS_UNPACKED, EXPANSION * sent))
+        self.unpacked = self.decoded = self.most
+        self.until = time.thread_time() + max(SECONDS, SECONDS_PER_MB * sent / 1e6)
+
+    def check_time(self, name):
+        """Raise TooMuch once this thread has worked too long for the upload."""
+        if time.thread_time() > self.until:
+            raise TooMuch(f"{name} takes too long to read; export it uncompressed, or send less.")
+
+    def take_scans(self, count, what, name):
+        """Account for pages, frames or slices."""
+        left, self.scans = self.scans, self.scans - count
+        if count > left:
+            only = f"only {left} more scans are allowed"
+            raise TooMuch(f"{name} has {count} {what}, but {only}; send fewer.")
+
+    def take_files(self, count, name):
+        """Account for the files in a ZIP."""
+        left, self.files = self.files, self.files - count
+        if count > left:
+            raise TooMuch(f"{name} holds {count} files, but at most {left} are read.")
+
+    def take_bytes(self, account, count, name):
+        """Account for what was `unpacked`, or will be `decoded`."""
+        setattr(self, account, getattr(self, account) - count)
+        if getattr(self, account) < 0:
+            most = self.most // 2**20
+            raise TooMuch(f"{name} is larger than {most} MB when unpacked; send it in parts.")
+
+    def take_pictures(self, size, name, bytes_each=1, count=1):
+        """Account for pictures (width, height), while decoded with so many bytes each pixel.
+
+        Raises UnreadableScan for a picture that is too large to decode, or too small.
+        """
+        shape, area = f"{name} has {size[0]} x {size[1]} pixels", math.prod(size)
+        most = self.limits.pixels * 3 // max(3, bytes_each)
+        if area > most:
+            raise UnreadableScan(f"{shape}, more than the {most:,} allowed; send it smaller.", 413)
+        if min(size) < SMALLEST_SIDE:
+            least = f"{SMALLEST_SIDE} x {SMALLEST_SIDE}"
+            raise UnreadableScan(f"{shape}, but a scan needs at least {least}.")
+        if max(size) > LONGEST * min(size):
+            narrow = "longer and narrower than any scan"
+            raise UnreadableScan(f"{shape}, {narrow}; crop it and send it again.")
+        self.take_bytes("decoded", count * area, name)
+        self.check_time(name)
+
+
+def unpack(files, budget, excuses, depth=0):
+    """Yield (name, bytes) of files, those in a ZIP, and in a ZIP within it, one by one."""
+    for name, data in files:
+        if data[:4] not in (b"PK\x03\x04", b"PK\x05\x06"):  # the second one holds nothing
+            yield name, data
+        elif depth < 2:
+            yield from unpack(members(name, data, budget, excuses), budget, excuses, depth + 1)
+        else:
+            message = f"{plain_name(name)} lies too deep, in a ZIP within a ZIP; unpack it."
+            excuses.append((name, UnreadableScan(message)))
+
+
+def members(name, data, budget, excuses):
+    """Yield (path, bytes) of what a ZIP holds, without folders and what a system leaves there."""
+    plain = plain_name(name)
+    try:
+        with parsing(plain):
+            archive = open_zip(data)
+        inside = [m for m in archive.infolist() if not m.is_dir() and not is_litter(m.filename)]
+        if not inside:
+            raise UnreadableScan(f"{plain} is an empty ZIP; pack the scans into it.")
+    except UnreadableScan as excuse:
+        excuses.append((name, excuse))
+        return
+    budget.take_files(len(inside), plain)
     for member in inside:
-        with archive.open(member) as file:
-            data = file.read(left + 1)
-        left -= len(data)
-        if left < 0:
-            raise too_much(name, limits)
-        yield member.filename, data
+        try:
+            with parsing(plain_name(member.filename)), archive.open(member) as file:
+                content = file.read(budget.unpacked + 1)
+        except UnreadableScan as excuse:
+            locked = f"{plain_name(member.filename)} is locked with a password; send it unlocked."
+            excuse = UnreadableScan(locked) if member.flag_bits & 1 else excuse
+            excuses.append((member.filename, excuse))
+        else:
+            budget.take_bytes("unpacked", len(content), plain)
+            yield member.filename, content
 
 
-def is_zip(data):
-    return data[:4] in (b"PK\x03\x04", b"PK\x05\x06")  # the second one holds nothing
+def open_zip(data):
+    """A ZIP that is open, even if its names are not in the UTF-8 that it promises."""
+    try:
+        return zipfile.ZipFile(io.BytesIO(data))
+    except UnicodeDecodeError:
+        marked = bytearray(data)
+        for entry in re.finditer(rb"PK\x01\x02.{38}(.{4})", data, re.DOTALL):
+            marked[entry.start() + 9] &= ~8  # the flag of UTF-8, here and before the member
+            marked[int.from_bytes(entry[1], "little") + 7] &= ~8
+        return zipfile.ZipFile(io.BytesIO(marked))
 
 
 def is_litter(path):
     """Whether a path in a ZIP is a system's own: hidden, or of __MACOSX."""
-    return any(part.strip(".") and (part[0] == "." or part == "__MACOSX") for part in path.split("/"))
+    parts = path.split("/")
+    return any(part.strip(".") and (part[0] == "." or part == "__MACOSX") for part in parts)
 
 
-def too_much(name, limits):
-    most = limits.unpacked // 2**20
-    return UnreadableScan(f"{name} is larger than {most} MB when unpacked; send it in parts.", 413)
+def gunzip(data, name, budget):
+    """What a gzip file holds, in one member or several."""
+    pieces = []
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            while piece := file.read1(2**20):
+                budget.take_bytes("unpacked", len(piece), name)
+                budget.check_time(name)
+                pieces.append(piece)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        if not pieces or "Not a gzipped file" not in str(error):  # bytes behind the last member
+            raise damaged(name) from None
+    return b"".join(pieces)
 
 
-def plain_name(name):
+def plain_name(name: str | None) -> str:
     """The last part of a visitor's file name, without control characters, at most 100 long."""
     last = re.split(r"[/\\]", name or "")[-1]
     return "".join(c for c in last if c.isprintable())[:100] or "The file"
@@ -274,139 +392,271 @@ def damaged(name):
 
 
 @contextlib.contextmanager
+def parsing(name):
+    """Turn whatever a library raises on a file that is damaged or lies into one sentence."""
+    try:
+        yield
+    except UnreadableScan:
+        raise
+    except Exception:
+        raise damaged(name) from None
+
+
+@contextlib.contextmanager
 def quiet():
-    """Without what libraries say about files that are not quite to their standard: it may quote the patient."""
-    for name in ("pydicom", "nibabel"):
+    """Silence libraries about files that bend their standard: they may quote the patient."""
+    for name in ("pydicom", "nibabel", "tifffile"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def read_file(data, name, limits, plane):
-    """The scans of one file that is no ZIP."""
-    if not data:
-        raise UnreadableScan(f"{name} is empty; choose the file again.", 400)
-    data = gunzipped(data, name, limits)
-    if data[128:132] == b"DICM" or data[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x08") and b"\x00" in data[2:4]:
-        return read_dicom(data, name, limits)
-    if data[344:347] == b"n+1" or data[4:7] == b"n+2":
-        return read_nifti(data, name, limits, plane)
-    return read_picture(data, name, limits)
+# ------------------------------------------------------------------------------ pictures
+
+KINDS = ("JPEG", "PNG", "WEBP", "BMP")
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+LARGE_SIDE = 3 * KEPT_SIDE  # of a picture beyond it only every few rows and columns are used
+JPEG_PASSES = 8  # times that a JPEG of the largest size may be gone through
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
+Image.MAX_IMAGE_PIXELS = None  # Budget.take_pictures() looks at the size
 
 
-def gunzipped(data, name, limits):
-    """What a gzip file holds, and any other file as it is."""
-    return inflated(data, name, limits, wbits=31) if data[:2] == b"\x1f\x8b" else data
+class Grey(NamedTuple):
+    """A picture turned to grey: uint8 (H, W), the values shown black and white, its colour."""
+
+    pixels: np.ndarray
+    window: tuple[float, float] | None = None
+    colour: float = 0.0
 
 
-def inflated(data, name, limits, wbits):
-    """Deflated bytes unpacked; raises UnreadableScan at the limit, before there is more of it in memory."""
-    unzip = zlib.decompressobj(wbits)
-    try:
-        inside = unzip.decompress(data, limits.unpacked + 1)
-    except zlib.error:
-        raise damaged(name) from None
-    if len(inside) > limits.unpacked:
-        raise too_much(name, limits)
-    if not unzip.eof:
-        raise damaged(name)
-    return inside
-
-
-def check_count(count, what, name, limits):
-    """Raise UnreadableScan for more pages, frames or slices than may be read."""
-    if count > limits.scans:
-        raise UnreadableScan(
-            f"{name} has {count} {what}, but only {limits.scans} more scans are allowed; send fewer.", 413)
-
-
-def check_size(size, name, limits, pictures=1):
-    """Raise UnreadableScan for pictures (width, height) that are too large to decode, in all as well, or too small."""
-    shape = f"{name} has {size[0]} x {size[1]} pixels"
-    if size[0] * size[1] > limits.pixels:
-        raise UnreadableScan(f"{shape}, more than the {limits.pixels:,} allowed; send it smaller.", 413)
-    if limits.used + pictures * math.prod(size) > limits.unpacked:
-        raise too_much(name, limits)
-    if min(size) < SMALLEST_SIDE:
-        raise UnreadableScan(f"{shape}, but a scan needs at least {SMALLEST_SIDE} x {SMALLEST_SIDE}.")
-    if max(size) > LONGEST * min(size):
-        raise UnreadableScan(f"{shape}, longer and narrower than any scan; cut it out and send it again.")
-
-
-# Pictures
-
-
-def read_picture(data, name, limits):
-    """The pages of a still picture as scans."""
+def read_picture(data, name, budget):
+    """The one scan of a JPEG, PNG, WEBP or BMP file."""
+    is_png = data[:4] == b"\x89PNG"
+    deep = is_png and data[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06")  # bits, kind
+    data = png_essentials(data) if is_png else data
     try:
         image = Image.open(io.BytesIO(data), formats=KINDS)
-        pages = image.n_frames if image.format == "TIFF" else 1
     except UnidentifiedImageError:
-        raise UnreadableScan(f"{name} is not {ACCEPTED}; export the scan as one of these.") from None
+        message = f"{name} is not {ACCEPTED}; export the scan as one of these."
+        raise UnreadableScan(message) from None
     except Exception:  # Pillow's parsers raise nearly anything on damaged headers
         raise damaged(name) from None
-    check_count(pages, "pages", name, limits)
-    scans = []
-    for page in range(pages):
-        scans.append(read_page(image, page, name, limits))
-        limits = limits._replace(used=limits.used + math.prod(scans[-1].size))
-    return scans
+    size, jpeg = image.size, image.format == "JPEG"
+    bytes_each = 1 if jpeg or image.mode in ("1", "L", "P") else 2 if image.mode == "I;16" else 4
+    if image.format == "WEBP" or deep:  # which are there more than once
+        bytes_each *= 2 + 2 * deep
+    budget.take_scans(1, "pictures", name)
+    budget.take_pictures(size, name, bytes_each)
+    if jpeg and data.count(b"\xff\xda") * math.prod(size) > JPEG_PASSES * budget.limits.pixels:
+        message = f"{name} is a progressive JPEG of too many passes; save it as an ordinary one."
+        raise UnreadableScan(message, 413)
+    with parsing(name):  # decoding happens here
+        if jpeg and max(size) > LARGE_SIDE:
+            image.draft(None, (LARGE_SIDE // 2, LARGE_SIDE // 2))
+        grey = grey_values(deep_channels(data)) if deep else grey_picture(thinned_picture(image))
+    return [picture_scan(grey, name, size, orientation(image))]
 
 
-def read_page(image, page, name, limits):
-    """Page `page` of an open picture as a Scan; raises UnreadableScan if it cannot be one."""
+def picture_scan(grey, name, size, turn, **more):
+    """A page as a Scan, turned as an EXIF orientation asks."""
+    if turn in range(2, 9):
+        picture = Image.fromarray(grey.pixels)
+        picture.getexif()[0x0112] = turn
+        size = size[::-1] if turn >= 5 else size
+        grey = grey._replace(pixels=np.asarray(ImageOps.exif_transpose(picture)))
+    pixels, window, colour = grey
+    return Scan(shrink(pixels), name, size=size, window=window, colour=colour, **more)
+
+
+def orientation(image):
+    """The EXIF orientation of a Pillow picture, 1 where it is odd."""
     try:
-        image.seek(page)
-    except Exception:  # as above: truncated, lying and mutated files
-        raise damaged(name) from None
-    check_size(image.size, name, limits)
-    try:
-        upright = ImageOps.exif_transpose(image)
-        pixels, window, colour = grey(upright)
-    except Exception:  # decoding happens here
-        raise damaged(name) from None
-    return Scan(shrink(pixels), name, page, size=upright.size, window=window, colour=colour)
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # Pillow's parser on a damaged EXIF block
+        return 1
 
 
-def grey(frame):
-    """A Pillow picture as (pixels uint8 (H, W), window or None, colour 0 to 255).
+def png_essentials(data):
+    """A PNG file without the texts, profiles and times in it, which may be of any length."""
+    kept, at = [data[:8]], 8
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] in PNG_CHUNKS:
+            kept.append(data[at : at + size + 12])
+        at += size + 12
+    return b"".join(kept)
 
-    More than 8 bits are stretched; what is transparent becomes black.
+
+def deep_channels(data):
+    """The values uint16 (H, W, C) of a PNG in colour or with alpha, of which Pillow gives 8 bits.
+
+    Its decoder is asked for the high bytes, then for the low ones.
     """
-    if frame.mode.startswith(("I", "F")):
-        return *stretched(np.asarray(frame, np.float32)), 0.0
-    if frame.mode in ("1", "L"):
-        return np.asarray(frame.convert("L")), None, 0.0
-    if frame.has_transparency_data:
-        seen = frame.convert("RGBA")
-        frame = Image.new("RGBA", frame.size, "black")
-        frame.alpha_composite(seen)
-    opaque = frame.convert("RGB")
-    sample = np.asarray(opaque.reduce(max(1, min(frame.size) // 128)), np.int16)
-    return np.asarray(opaque.convert("L")), None, float(np.ptp(sample, axis=2).mean())
+
+    def decoded(mode, raw):
+        image = Image.open(io.BytesIO(data), formats=("PNG",))
+        image.tile, image._mode = [image.tile[0]._replace(args=raw)], mode
+        return np.asarray(image).astype(np.uint16)
+
+    if data[25] == 4:  # grey and alpha: their four bytes as four channels
+        octets = decoded("RGBA", "RGBA")
+        return octets[..., ::2] << 8 | octets[..., 1::2]
+    mode = "RGB" if data[25] == 2 else "RGBA"
+    return decoded(mode, f"{mode};16B") << 8 | decoded(mode, f"{mode};16L")
+
+
+def read_tiff(data, name, budget):
+    """The pages of a TIFF file as scans, without the smaller copies that some programs add."""
+    import tifffile
+
+    with parsing(name), tifffile.TiffFile(io.BytesIO(data)) as file:
+        pages = list(islice(file.pages, budget.scans + 2))
+        more = " or more" * (len(pages) > budget.scans + 1)
+        budget.take_scans(len(pages), f"pages{more}", name)
+        inner = [p for page in pages for p in islice(page.pages or (), 8)]
+        whole = [p for p in pages if not is_copy(p)] or [p for p in inner if not is_copy(p)]
+        largest = max(page.imagewidth * page.imagelength for page in whole or pages)
+        kept = [p for p in whole or pages if 4 * p.imagewidth * p.imagelength > largest]
+        remarks = ("The file also holds a smaller copy, which was left out.",)
+        remarks *= len(kept) < len(pages)
+        pillow = cache(lambda: Image.open(io.BytesIO(data), formats=("TIFF",)))
+        scans = []
+        for n, page in enumerate(kept):
+            size, turn = (page.imagewidth, page.imagelength), page.tags.valueof(274)
+            bytes_each = max(1, page.bitspersample // 8) * page.samplesperpixel
+            budget.take_pictures(size, name, bytes_each)
+            grey = grey_values(tiff_values(page, pillow, name))
+            scans.append(picture_scan(grey, name, size, turn, slice=n, remarks=remarks))
+        return scans
+
+
+def is_copy(page):
+    """Whether a TIFF page says that it is a smaller copy of another, or a mask."""
+    return page.subfiletype & 5 != 0 or page.tags.valueof(255) == 2
+
+
+def tiff_values(page, pillow, name):
+    """The values of a page, (H, W) or (H, W, C), black at zero, RGB for a palette.
+
+    tifffile reads every kind of number, but does not unpack all; Pillow does, but takes signed
+    bytes for unsigned ones, drops half of deep colours and mixes up the bytes of others.
+    """
+    bits, kind, white_is_zero = page.bitspersample, page.sampleformat, page.photometric == 0
+    known = bits % 8 == 0 and page.dtype and page.photometric in range(4)
+    if known and page.compression in (1, 8, 32946) and page.predictor in (1, 2):
+        check_deflated(page)
+        values = page.asarray(maxworkers=1)
+        values = np.moveaxis(values, 0, -1) if page.axes == "SYX" else values
+        if page.photometric == 3:
+            colours = (page.colormap >> 8 * (page.colormap.max() > 255)).astype(np.uint8)
+            values = np.moveaxis(colours[:, values], 0, -1)
+    else:
+        try:
+            image = pillow()
+            image.seek(page.index)
+            if image.size != (page.imagewidth, page.imagelength):
+                raise ValueError("another page")
+            image = thinned_picture(image)
+            plain = image.mode in ("L", "LA", "RGB", "RGBA", "F") or image.mode.startswith("I")
+            values = np.asarray(image if plain else image.convert("RGB"))
+            mixed = (
+                bits == 32 and kind == 1 or page.parent.byteorder == ">" and (bits, kind) != (16, 1)
+            )
+            if bits > 8 and (values.dtype == np.uint8 or mixed):
+                raise ValueError("not the values")
+        except Exception:
+            number = {1: "unsigned", 2: "signed", 3: "floating-point"}.get(kind, "other")
+            what = f"a TIFF of packed {bits}-bit {number} values, which is not read"
+            raise UnreadableScan(f"{name} is {what}; save it uncompressed.") from None
+        white_is_zero &= bits > 8  # else Pillow has turned it
+        values = values.view(np.int8) if bits == 8 and kind == 2 else values
+    if white_is_zero:
+        values = ~values if values.dtype.kind in "iu" else -values
+    return values
+
+
+def check_deflated(page):
+    """Raise ValueError if a strip or tile of a TIFF page unpacks to more than its share."""
+    most = math.prod(page.chunks) * page.dtype.itemsize
+    if most > 4 * max(2**20, page.nbytes):
+        raise ValueError("a tile larger than its page")
+    for start, size in zip(page.dataoffsets, page.databytecounts):
+        page.parent.filehandle.seek(start)
+        packed = page.parent.filehandle.read(size if page.compression != 1 else 0)
+        if len(zlib.decompressobj().decompress(packed, most + 1)) > most:
+            raise ValueError("a strip larger than its share")
+
+
+def grey_picture(image):
+    """A Pillow picture as Grey: more than 8 bits stretched, black where it is transparent.
+
+    An alpha channel of zeros alone says nothing.
+    """
+    if image.mode.startswith(("I", "F")):
+        return stretched(np.asarray(image))
+    if image.mode in ("1", "L"):
+        return Grey(np.asarray(image.convert("L")))
+    if image.has_transparency_data:
+        seen = image = image.convert("RGBA")
+        if seen.getextrema()[3][1]:
+            image = Image.new("RGBA", seen.size, "black")
+            image.alpha_composite(seen)
+    opaque = image.convert("RGB")
+    sample = np.asarray(opaque.reduce(max(1, min(opaque.size) // 128)), np.int16)
+    return Grey(np.asarray(opaque.convert("L")), None, float(np.ptp(sample, axis=2).mean()))
+
+
+def grey_values(values):
+    """Values (H, W), or (H, W, C) with RGB and alpha, as Grey: bytes as they are, others stretched.
+
+    Of complex values it is the magnitude.
+    """
+    step = -(-math.isqrt(values.size) // LARGE_SIDE)
+    values = values[::step, ::step]
+    values = np.abs(values) if values.dtype.kind == "c" else values
+    if values.dtype != np.uint8:
+        if values.ndim == 2:
+            return stretched(values)
+        colours = values.shape[2] - (values.shape[2] in (2, 4))
+        shown, alpha = stretched(values[..., :colours]).pixels, values[..., colours:]
+        values = np.dstack([shown, to_uint8(alpha, 0, alpha.max(initial=0))])
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    return grey_picture(Image.fromarray(np.ascontiguousarray(values)))
 
 
 def stretched(values):
-    """(pixels uint8, window) of values float (H, W), scaled linearly between two percentiles.
+    """Values float or int (H, W) or (H, W, C) as Grey, scaled between two percentiles.
 
     From the 0.1th to the 99.9th, so that one hot pixel does not turn the head black; of a large
-    picture every few pixels tell them.
+    picture every few pixels tell them. What is no finite number takes no part and is black.
     """
-    values = np.nan_to_num(values)
-    low, high = np.percentile(sampled(values)[1], (0.1, 99.9))
-    return as_pixels(values, low, high), (float(low), float(high))
+    values = np.asarray(values, np.result_type(values, np.float32))
+    numbers = subsample(values)[1]
+    numbers = numbers[np.isfinite(numbers)]
+    if not numbers.size:
+        numbers = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
+    black, white = np.percentile(numbers, (0.1, 99.9))
+    return Grey(to_uint8(values, black, white), (float(black), float(white)))
 
 
-def sampled(pixels):
-    """(step, every `step`-th of the pixels down and across): of a large picture few tell the levels of grey as well."""
-    step = max(1, min(pixels.shape) // 256)
+def to_uint8(values, black, white):
+    """Values as uint8, `black` and below as 0, `white` and above as 255, no number as 0."""
+    scaled = (values - black) / ((white - black) or 1e-6) * 255
+    return np.where(np.isfinite(values), scaled, 0).clip(0, 255).astype(np.uint8)
+
+
+def subsample(pixels):
+    """(step, every `step`-th pixel down and across): enough to tell the levels of grey."""
+    step = max(1, min(pixels.shape[:2]) // 256)
     return step, pixels[::step, ::step]
 
 
-def as_pixels(values, black, white):
-    """Values (H, W) as uint8, `black` and below as 0, `white` and above as 255."""
-    return ((values - black) / max(white - black, 1e-6) * 255).clip(0, 255).astype(np.uint8)
+def thinned_picture(image):
+    """A Pillow picture of which, beyond LARGE_SIDE, every few rows and columns are left."""
+    step = -(-max(image.size) // LARGE_SIDE)
+    return image if step == 1 else image.resize([n // step for n in image.size], 0)
 
 
 def shrink(pixels):
@@ -419,7 +669,10 @@ def shrink(pixels):
 
 
 def square(pixels, down, across):
-    """Pixels whose spacing is `down` and `across` (mm) resized so that both are the finer one, within reason."""
+    """Pixels whose spacing is `down` and `across` (mm), resized so that both are the finer one.
+
+    Within reason: a spacing that would stretch them too far is not believed.
+    """
     finer = min(down, across)
     if not finer > 0 or not 1.02 < max(down, across) / finer < 10:
         return pixels
@@ -429,56 +682,113 @@ def square(pixels, down, across):
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
 
 
-# DICOM
+# --------------------------------------------------------------------------------- DICOM
 
-IDENTIFIERS = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyID",
-               "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName")  # fmt: skip
+PERSON = ("PatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID")  # kept as a hash
+STUDY = ("PatientSex", "StudyID", "StudyDate", "StudyTime", "AccessionNumber")
+IDENTIFIERS = (*PERSON, *STUDY, "ReferringPhysicianName")
+GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
+PLACE, SHADES = ("PlanePosition", "PlaneOrientation"), ("FrameVOILUT", "PixelValueTransformation")
+FRAME_GROUPS = [f"{part}Sequence" for part in (*PLACE, "PixelMeasures", *SHADES)]
+PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+BLANKS = (None, "", b"")
+DEFLATED = b"1.2.840.10008.1.2.1.99"
+MOST_READS = 500_000  # of a header: two or three each element
 HEADS = ("HEAD", "BRAIN", "SKULL", "PITUITARY", "ORBIT", "FACE", "IAC")
 
 
-def read_dicom(data, name, limits):
-    """The frames of a DICOM file as scans; of its header only what they look like, and no name or number."""
+def read_dicom(data, name, budget, identifiers):
+    """The frames of a DICOM file as scans; of the patient only what `identifiers` asks for."""
     from pydicom.pixels import pixel_array
 
-    dataset, frames = open_dicom(data, name, limits)
+    dataset, bits, odd = open_dicom(data, name, budget)
+    known = {key: readable(dataset, key) for key in IDENTIFIERS} if identifiers else None
+    scans = []
     try:
-        return [dicom_scan(pixel_array(dataset, index=n), dataset, n, name) for n in range(frames)]
+        for n in range(dataset.NumberOfFrames):
+            budget.check_time(name)
+            frame = pixel_array(dataset, index=n)
+            scans.append(dicom_scan(frame, dataset, bits, n, name, set(odd), known))
+    except UnreadableScan:
+        raise
     except Exception:  # decoding happens here
         syntax = dataset.file_meta.TransferSyntaxUID
         if not syntax.is_encapsulated:
             raise damaged(name) from None
-        raise UnreadableScan(f"{name} is compressed as {syntax.name} and cannot be decoded; "
-                             "export it uncompressed (Explicit VR Little Endian).") from None  # fmt: skip
+        why = f"compressed as {syntax.name} and cannot be decoded; export it uncompressed"
+        raise UnreadableScan(f"{name} is {why} (Explicit VR Little Endian).") from None
+    return scans
 
 
-def open_dicom(data, name, limits):
-    """(dataset, frames) of a DICOM file with a picture that is no larger than allowed."""
+class CountedReads(io.BytesIO):
+    """Bytes whose reads are counted, since a small file may hold millions of elements."""
+
+    reads = 0
+
+    def read(self, *size):
+        self.reads += 1
+        if self.reads > MOST_READS:
+            message = "A header has too many elements; export the scan again."
+            raise UnreadableScan(message, 413)
+        return super().read(*size)
+
+
+def open_dicom(data, name, budget):
+    """(dataset, Bits, odd) of a DICOM file whose picture may be read.
+
+    `odd` is a set of sentences about optional elements that make no sense.
+    """
     import gdcm
     from pydicom import dcmread
 
     gdcm.Trace.WarningOff()  # as quiet()
     gdcm.Trace.ErrorOff()
-    if b"1.2.840.10008.1.2.1.99" in data[:1000]:  # deflated: pydicom would unpack it whole
-        size = int.from_bytes(data[140:144], "little")  # of the header before it, which gives its own length
-        inflated(data[144 + size :], name, limits, wbits=-15)
-    try:
-        dataset = dcmread(io.BytesIO(data), force=True)
-        if "PixelData" not in dataset:
-            raise UnreadableScan(f"{name} is a DICOM file without a picture; send the images of the study.")
-        frames = int(dataset.get("NumberOfFrames") or 1)
-        size = int(dataset.Columns), int(dataset.Rows)
-        name_syntax(dataset)
-    except UnreadableScan:
-        raise
-    except Exception:  # pydicom raises nearly anything on a file that lies
-        raise damaged(name) from None
-    check_count(frames, "frames", name, limits)
-    check_size(size, name, limits, frames)
-    return dataset, frames
+    with parsing(name):
+        if DEFLATED in data[:1000]:  # pydicom would unpack it whole
+            start = 144 + int.from_bytes(data[140:144], "little")
+            inside = zlib.decompressobj(-15).decompress(data[start:], budget.unpacked + 1)
+            budget.take_bytes("unpacked", len(inside), name)
+            data = data[:start].replace(DEFLATED, DEFLATED[:-3] + b"\0\0\0") + inside
+        dataset = dcmread(CountedReads(data), force=True)
+        if not any(key in dataset for key in PIXELS):
+            raise UnreadableScan(
+                f"{name} is a DICOM file without a picture; send the images of the study."
+            )
+        if "MOSAIC" in text(dataset, "ImageType").upper():
+            raise UnreadableScan(f"{name} is a Siemens mosaic; export one picture per slice.")
+        odd = set()
+        bits = complete(dataset, odd)
+        size, frames = (int(dataset.Columns), int(dataset.Rows)), dataset.NumberOfFrames
+        budget.take_scans(frames, "frames", name)
+        bytes_each = 3 * max(1, bits.allocated // 8) * dataset.SamplesPerPixel  # it is copied twice
+        budget.take_pictures(size, name, bytes_each, frames)
+        if "JPEG" in dataset.file_meta.TransferSyntaxUID.name:
+            most = JPEG_PASSES * budget.limits.pixels // math.prod(size)
+            check_coded(dataset.PixelData, math.prod(size), most * frames)
+    return dataset, bits, odd
 
 
-def name_syntax(dataset):
-    """Give a dataset without a file header the transfer syntax in which it was read; ValueError for an unknown one."""
+def check_coded(data, area, passes):
+    """Raise ValueError for JPEG frames larger than the header says, or of too many passes."""
+    jpeg = rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0.[\2-\x10](..)(..)[\1-\4]"
+    for start in (jpeg, rb"\xff\x4f\xff\x51.{4}(.{4})(.{4})"):
+        for found in re.finditer(start, data, re.DOTALL):
+            if math.prod(int.from_bytes(side, "big") for side in found.groups()) > area:
+                raise ValueError("frames larger than the header says")
+    if data.count(b"\xff\xda") > passes:
+        raise ValueError("too many passes")
+
+
+class Bits(NamedTuple):
+    """How many bits a stored value has, in how many, and how far above the lowest they lie."""
+
+    allocated: int
+    stored: int
+    shift: int
+
+
+def complete(dataset, odd):
+    """Fill in what a header lacks for its pixels to be decoded; returns its Bits."""
     from pydicom import uid
 
     if not dataset.file_meta.get("TransferSyntaxUID"):
@@ -487,191 +797,383 @@ def name_syntax(dataset):
         dataset.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
     if not dataset.file_meta.TransferSyntaxUID.is_transfer_syntax:
         raise ValueError("no transfer syntax")
+    usual = {"SamplesPerPixel": 1, "PixelRepresentation": 0, "PlanarConfiguration": 0}
+    for key, value in {**usual, "NumberOfFrames": 1}.items():
+        setattr(dataset, key, int(number([dataset], key, odd, value)))
+    dataset.NumberOfFrames = max(1, dataset.NumberOfFrames)
+    if not text(dataset, "PhotometricInterpretation"):
+        dataset.PhotometricInterpretation = "MONOCHROME2" if dataset.SamplesPerPixel == 1 else "RGB"
+    allocated = int(dataset.BitsAllocated)
+    stored = int(number([dataset], "BitsStored", odd, allocated))
+    stored = stored if 0 < stored <= allocated else allocated
+    shift = int(number([dataset], "HighBit", odd, stored - 1)) + 1 - stored
+    if not 0 <= shift <= allocated - stored:
+        odd.add(unusable("HighBit"))
+        shift = 0
+    dataset.BitsStored = allocated if shift else stored  # for pydicom takes the lowest bits
+    return Bits(allocated, stored, shift)
 
 
-def dicom_scan(frame, dataset, n, name):
-    """Frame n of a dataset, values (H, W) or (H, W, 3), as a Scan."""
-    header = frame_header(dataset, n)
-    pixels, window, colour = dicom_grey(frame, header)
-    plane, position = place_of(header, n)
-    uid = str(dataset.get("SeriesInstanceUID", ""))
-    down, across = (float(spacing) for spacing in header.get("PixelSpacing") or (1, 1))
+def dicom_scan(frame, dataset, bits, n, name, odd, known):
+    """Frame n of a dataset, values (H, W) or (H, W, C), as a Scan."""
+    sources = frame_sources(dataset, n, odd)
+    grey = dicom_grey(frame, dataset, bits, sources, odd)
+    plane, place = plane_and_position(sources, odd)
+    pixels = shrink(grey.pixels)
+    pixels = shrink(square(pixels, *(numbers(sources, "PixelSpacing", 2, odd) or (1, 1))))
+    person = [text(dataset, key) for key in PERSON]
+    unnamed = text(dataset, "SeriesNumber"), plane, frame.shape  # tells series without UID apart
+    series = hashed(person, text(dataset, "SeriesInstanceUID") or unnamed)
+    instance, order = text(dataset, "SOPInstanceUID"), text(dataset, "InstanceNumber")
+    copies = [(place, hash(pixels.tobytes()))]
+    if instance and (order or place is not None):
+        copies.append((place, instance, n, order))
     return Scan(
-        shrink(square(shrink(pixels), down, across)),
+        pixels,
         name,
         n,
-        series=hashlib.sha256(uid.encode()).hexdigest(),
+        study=hashed(person),
+        series=series,
         plane=plane,
         size=frame.shape[1::-1],
-        window=window,
-        colour=colour,
-        position=position,
-        signal=float(np.ptp(np.percentile(frame[::4, ::4], (1, 99)))),
-        identifiers={key: str(dataset.get(key, "")) for key in IDENTIFIERS},
-        remarks=tuple(dicom_remarks(dataset)),
+        window=grey.window,
+        colour=grey.colour,
+        position=float(n) if place is None else place,
+        copies=tuple(copies),
+        study_key=hashed(person) if any(person) else None,
+        series_key=series if any(person) else None,
+        identifiers=known,
+        remarks=(*dicom_remarks(dataset), *sorted(odd)),
     )
 
 
-def frame_header(dataset, n):
-    """The dataset with what its functional groups say of frame n, those of all frames first."""
-    header = copy.copy(dataset)
-    for groups in (dataset.get("SharedFunctionalGroupsSequence"), dataset.get("PerFrameFunctionalGroupsSequence")):
-        if not groups:
-            continue
-        for element in groups[min(n, len(groups) - 1)]:
-            if element.VR == "SQ" and element.value:
-                header.update(element.value[0])
-    return header
+def hashed(*parts):
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def dicom_grey(frame, header):
-    """(pixels uint8, window or None, colour) of a frame: palette, rescale, window and polarity applied."""
+def frame_sources(dataset, n, odd):
+    """The parts of a header that speak of frame n, the most particular first."""
+    found = []
+    for groups in (items(dataset, key, odd) for key in GROUPS):
+        if groups:
+            group = groups[min(n, len(groups) - 1)]
+            found += [item for part in FRAME_GROUPS for item in items(group, part, odd)[:1]]
+    return [*found, dataset]
+
+
+def items(dataset, key, odd):
+    """The items of an optional sequence, whose elements are counted as those of a file."""
+    from pydicom import DataElement
+    from pydicom.filereader import read_sequence
+
+    element = dataset.get_item(key)
+    if element is None or not element.value:
+        return []
+    try:
+        if isinstance(element.value, bytes):
+            how = element.is_implicit_VR, element.is_little_endian, len(element.value), "iso8859"
+            inside = read_sequence(CountedReads(element.value), *how)
+            dataset[key] = DataElement(element.tag, "SQ", inside)
+        return list(dataset[key].value)
+    except UnreadableScan:
+        raise
+    except Exception:  # pydicom raises nearly anything on what is no sequence
+        odd.add(unusable(key))
+        return []
+
+
+def text(dataset, key):
+    """The start of an element as text, whatever is wrong with it."""
+    element = dataset.get_item(key)
+    value = b"" if element is None or element.value is None else element.value
+    start = value[:200].decode("latin-1") if isinstance(value, bytes) else str(value)[:200]
+    return start.strip(" \0")
+
+
+def readable(dataset, key):
+    """An element as text in its own character set; nothing where that is odd."""
+    try:
+        return str(dataset.get(key) or "")
+    except Exception:  # as above
+        return ""
+
+
+def numbers(sources, key, count, odd):
+    """The first `count` numbers of an optional element, from the first source that has it.
+
+    None, and a sentence in `odd`, if they are anything but finite numbers; decimal commas are
+    read, and said.
+    """
+    from pydicom.datadict import dictionary_VR
+
+    source = next((s for s in sources if key in s and s.get_item(key).value not in BLANKS), None)
+    if source is None:
+        return None
+    element = source.get_item(key)
+    kind = dictionary_VR(key) if element.VR in (None, "UN") else element.VR
+    try:
+        if isinstance(element.value, bytes) and kind in ("DS", "IS", "LO", "SH", "ST", "CS"):
+            parts = text(source, key).split("\\")[:count]
+        else:
+            value = source[key].value
+            parts = [value] if isinstance(value, bytes | int | float | str) else value[:count]
+        found = [float(str(part).replace(",", ".")) for part in parts]
+        if len(found) < count or not np.isfinite(found).all():
+            raise ValueError("too few numbers, or none")
+    except Exception:  # as above
+        odd.add(unusable(key))
+        return None
+    if any("," in str(part) for part in parts):
+        odd.add(f"{key} in the file has decimal commas; they were read as points.")
+    return found
+
+
+def number(sources, key, odd, default=None):
+    """The first number of an optional element; see numbers()."""
+    found = numbers(sources, key, 1, odd)
+    return found[0] if found else default
+
+
+def unusable(key):
+    return f"{key} in the file makes no sense and was ignored."
+
+
+def dicom_grey(frame, dataset, bits, sources, odd):
+    """A frame as Grey: its bits, palette, padding, rescaling, window and polarity applied."""
     from pydicom.pixels import apply_color_lut, apply_modality_lut
 
-    if header.PhotometricInterpretation == "PALETTE COLOR":
-        frame = apply_color_lut(frame, header)
+    step = -(-math.isqrt(frame.size) // LARGE_SIDE)
+    frame = frame[::step, ::step]
+    packed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
+    if bits.shift and not (packed and frame.max() < 2**bits.stored):  # a codec may have shifted it
+        frame = frame << bits.allocated - bits.stored - bits.shift >> bits.allocated - bits.stored
+    kind = text(dataset, "PhotometricInterpretation")
+    if kind == "PALETTE COLOR":
+        frame = apply_color_lut(frame, dataset)
     if frame.ndim == 3:
-        bits = 8 * frame.dtype.itemsize
-        return grey(Image.fromarray((frame >> (bits - 8)).astype(np.uint8)))
-    values = apply_modality_lut(frame, header)
+        return grey_values(frame)
+    values = frame * np.float32(number(sources, "RescaleSlope", odd) or 1)
+    values = values + np.float32(number(sources, "RescaleIntercept", odd, 0))
+    if items(dataset, "ModalityLUTSequence", odd):
+        try:
+            values = apply_modality_lut(frame, dataset)
+        except Exception:  # as above
+            odd.add(unusable("ModalityLUTSequence"))
+    values = np.where(padding(frame, dataset, bits, odd), np.nan, values)
     try:
-        shown = windowed(values, header)
+        grey = windowed(values, dataset, sources, odd)
     except Exception:  # a window that makes no sense is as good as none
-        shown = None
-    pixels, window = shown or stretched(values.astype(np.float32))
-    if header.PhotometricInterpretation == "MONOCHROME1":
-        pixels = 255 - pixels
-    return pixels, window, 0.0
+        grey = None
+    grey = grey or stretched(values)
+    if kind == "MONOCHROME1":
+        grey = grey._replace(pixels=np.where(np.isfinite(values), 255 - grey.pixels, 0))
+    return grey
 
 
-def windowed(values, header):
-    """(pixels uint8, window or None) through the VOI LUT or window of the file.
+def padding(frame, dataset, bits, odd):
+    """A mask (H, W) of the stored values that the header declares to be padding."""
+    first = number([dataset], "PixelPaddingValue", odd)
+    if first is None:
+        return np.zeros(frame.shape, bool)
+    ends = np.array([first, number([dataset], "PixelPaddingRangeLimit", odd, first)])
+    if frame.dtype.kind in "iu":  # either may be written signed or not
+        ends %= 2**bits.allocated
+        ends[(frame.dtype.kind == "i") & (ends >= 2 ** (bits.allocated - 1))] -= 2**bits.allocated
+    return (frame >= ends.min()) & (frame <= ends.max())
+
+
+def windowed(values, dataset, sources, odd):
+    """Values through the VOI LUT or window of the file as Grey.
 
     None where there is none, or where it would hide what the values show.
     """
+    from pydicom import Dataset
     from pydicom.pixels import apply_voi_lut
 
-    if header.get("VOILUTSequence"):
-        white = 2 ** header.VOILUTSequence[0].LUTDescriptor[2] - 1
-        pixels, window = as_pixels(apply_voi_lut(values.astype(np.int64), header), 0, white), None
-    elif header.get("WindowWidth"):
-        centre, width = (
-            float(value[0] if isinstance(value, Sequence) else value)
-            for value in (header.WindowCenter, header.WindowWidth)
-        )
+    centre, width = (number(sources, f"Window{key}", odd) for key in ("Center", "Width"))
+    if tables := items(dataset, "VOILUTSequence", odd):
+        black, white, window = 0, 2 ** tables[0].LUTDescriptor[2] - 1, None
+        shown = apply_voi_lut(np.nan_to_num(values).astype(np.int64), dataset)
+        shown = np.where(np.isfinite(values), shown, np.nan)
+    elif centre is not None and width:
+        header, window = Dataset(), (centre - width / 2, centre + width / 2)
+        header.PhotometricInterpretation, header.PixelRepresentation = "MONOCHROME2", 0
+        header.WindowCenter, header.WindowWidth, header.BitsStored = centre, width, 16
+        function = text(dataset, "VOILUTFunction").upper()
+        header.VOILUTFunction = function if function in ("LINEAR_EXACT", "SIGMOID") else "LINEAR"
         black, white = apply_voi_lut(np.array([centre - 50 * width, centre + 50 * width]), header)
-        pixels = as_pixels(apply_voi_lut(values, header), black, white)
-        window = centre - width / 2, centre + width / 2
+        shown = apply_voi_lut(values, header)
     else:
         return None
-    return None if contrast(pixels) < 16 else (pixels, window)
+    pixels = to_uint8(shown, black, white)
+    return None if contrast(pixels) < 16 else Grey(pixels, window)
 
 
-def place_of(header, n):
-    """(plane or None, position in mm or the number) of a frame."""
-    try:
-        across, down = np.reshape([float(v) for v in header.ImageOrientationPatient], (2, 3))
-        normal = np.cross(across, down)
-        plane = PLANES[int(np.abs(normal).argmax())]
-        return plane, float(normal @ [float(v) for v in header.ImagePositionPatient])
-    except (AttributeError, ValueError, TypeError):
-        place = header.get("SliceLocation", header.get("InstanceNumber"))
-        return None, float(n if place is None else place)
+def plane_and_position(sources, odd):
+    """(plane or None, place along the series or None) of a frame."""
+    axes = numbers(sources, "ImageOrientationPatient", 6, odd)
+    corner = numbers(sources, "ImagePositionPatient", 3, odd)
+    normal = np.cross(axes[:3], axes[3:]) if axes else np.zeros(3)
+    plane = PLANES[int(np.abs(normal).argmax())] if normal.any() else None
+    if plane and corner:
+        return plane, float(normal @ corner)
+    place = number(sources, "SliceLocation", odd)
+    return plane, number(sources, "InstanceNumber", odd) if place is None else place
 
 
 def dicom_remarks(dataset):
     """Yield what the header says against reading the file as a brain MRI."""
-    modality, part = (str(dataset.get(key) or "").upper() for key in ("Modality", "BodyPartExamined"))
+    modality, part = (text(dataset, key).upper() for key in ("Modality", "BodyPartExamined"))
     if modality and modality != "MR":
         yield f"The file says that it is no MRI (modality {plain_name(modality)[:16]})."
     if part and not any(head in part for head in HEADS):
         yield f"The file says that it shows no head (body part {plain_name(part)[:16]})."
-    if str(dataset.get("BurnedInAnnotation")).upper() == "YES":
-        yield "The file says that text is burned into the picture; see that it names nobody."
+    if text(dataset, "BurnedInAnnotation").upper() == "YES":
+        yield "The file says that text is burned in; check that it identifies nobody."
 
 
-# NIfTI
+# --------------------------------------------------------------------------------- NIfTI
 
 
-def read_nifti(data, name, limits, plane):
-    """The slices of a volume in its closest canonical orientation as scans, seen as radiologists see them."""
-    try:
-        volume, several = open_nifti(data, name, limits)
-        shape, spacing = volume.shape, [float(zoom) for zoom in volume.header.get_zooms()]
-        planes = PLANES if plane == "all" else [plane or PLANES[int(np.argmax(spacing))]]
-        check_count(sum(shape[PLANES.index(p)] for p in planes), "slices", name, limits)
+def read_nifti(data, name, budget, plane):
+    """The slices of a volume towards right, front and top, seen as radiologists see them."""
+    with parsing(name):
+        volume, spacing, scale, remarks = open_nifti(data)
+        sizes = {
+            p: tuple(n for other, n in enumerate(volume.shape) if other != axis)
+            for axis, p in enumerate(PLANES)
+        }
+        if plane == "all":
+            planes = [p for p in PLANES if min(sizes[p]) >= SMALLEST_SIDE] or PLANES
+        else:
+            planes = [plane or guess_plane(volume.shape, spacing, remarks)]
+        budget.take_scans(sum(volume.shape[PLANES.index(p)] for p in planes), "slices", name)
         for p in planes:
-            check_size([n for axis, n in enumerate(shape) if axis != PLANES.index(p)], name, limits)
-        values = np.nan_to_num(np.asarray(volume.dataobj, np.float32))
-    except UnreadableScan:
-        raise
-    except Exception:  # nibabel's parsers as Pillow's: sizes that lie, cut-off data
-        raise damaged(name) from None
-    remarks = (f"The file holds {several} volumes; the first was read.",) if several > 1 else ()
-    series = secrets.token_hex()
-    return [
-        replace(scan, series=f"{series} {p}", remarks=remarks)
-        for p in planes
-        for scan in slices_across(values, spacing, p, name)
-    ]
+            count = volume.shape[PLANES.index(p)]
+            budget.take_pictures(sizes[p], name, volume.itemsize, count)
+        common = {"study": hashlib.sha256(data).hexdigest(), "remarks": tuple(remarks)}
+        scans = []
+        for p in planes:
+            for n in range(volume.shape[PLANES.index(p)]):
+                budget.check_time(name)
+                scan = nifti_scan(volume, spacing, scale, p, n, name)
+                scans.append(replace(scan, series=common["study"] + p, **common))
+        return scans
 
 
-def open_nifti(data, name, limits):
-    """(the first volume of a NIfTI file, its axes towards right, front and top, how many it holds)."""
+def open_nifti(data):
+    """(first volume, its axes to right, front and top, spacing, (slope, intercept), remarks)."""
     import nibabel
 
-    kind = nibabel.Nifti1Image if data[344:347] == b"n+1" else nibabel.Nifti2Image
-    volume = kind.from_bytes(data)
-    several = math.prod(volume.shape[3:])
-    volume = volume.slicer[(..., *[0] * (len(volume.shape) - 3))]
-    x, y, z = volume.shape
-    if limits.used + 8 * x * y * z > limits.unpacked:  # as the library holds it, 8 bytes a voxel
-        raise too_much(name, limits)
-    return nibabel.as_closest_canonical(volume), several
+    kind = nibabel.Nifti1Header if data[344:347] == b"n+1" else nibabel.Nifti2Header
+    header, remarks = kind.from_fileobj(io.BytesIO(data)), []
+    shape, start = header.get_data_shape(), header.get_data_offset()
+    volume = np.frombuffer(data, header.get_data_dtype(), math.prod(shape), start)
+    volume = volume.reshape((*shape, 1)[: max(3, len(shape))], order="F")
+    if math.prod(shape[3:]) > 1:
+        remarks.append(f"The file holds {math.prod(shape[3:])} volumes; the first was read.")
+    volume = volume[(..., *[0] * len(shape[3:]))]
+    try:
+        scale = header.get_slope_inter()
+    except Exception:  # nibabel's, for an infinite one, say
+        scale = None, None
+        remarks.append("The scaling in the file makes no sense and was ignored.")
+    axes = axes_of(header, remarks)
+    spacing = [zoom if 0 < zoom < math.inf else 1.0 for zoom in map(float, header.get_zooms()[:3])]
+    spacing += [1.0] * (3 - len(spacing))
+    in_order = [spacing[n] for n in axes[:, 0].argsort()]
+    return nibabel.apply_orientation(volume, axes), in_order, scale, remarks
 
 
-def slices_across(volume, spacing, plane, name):
-    """Yield the slices of a volume (x, y, z) towards right, front and top as scans of one plane.
+def axes_of(header, remarks):
+    """Where the axes of a volume point, (3, 2), as nibabel has it."""
+    import nibabel
+
+    for affine in (header.get_best_affine, header.get_qform, header.get_base_affine):
+        try:
+            axes = nibabel.io_orientation(affine())
+        except Exception:  # an affine that is singular, or a quaternion that is none
+            continue
+        unknown = np.isnan(axes[:, 0])
+        if unknown.sum() == 1:  # the one that is left
+            axes[unknown] = 3 - np.nansum(axes[:, 0]), 1
+        if np.isfinite(axes).all() and affine == header.get_best_affine:
+            return axes
+        if np.isfinite(axes).all():
+            break
+    else:
+        axes = np.array([[0, 1], [1, 1], [2, 1]])
+    remarks.append("The file does not say how the head lies; the slices may be turned.")
+    return axes
+
+
+def guess_plane(shape, spacing, remarks):
+    """The plane in which a volume was acquired: across its only slice, or its thickest ones.
+
+    Of axes that are spaced alike it is the shortest one, which is said in a remark.
+    """
+    if 1 in shape:
+        return PLANES[shape.index(1)]
+    thickest = [axis for axis in range(3) if spacing[axis] > 0.98 * max(spacing)]
+    plane = PLANES[min(thickest, key=lambda axis: (shape[axis], -axis))]
+    if len(thickest) > 1:
+        remarks.append(f"The file does not say in which plane it was acquired; {plane} was taken.")
+    return plane
+
+
+def nifti_scan(volume, spacing, scale, plane, n, name):
+    """Slice n of a volume (x, y, z) towards right, front and top, across one plane, as a Scan.
 
     Rows run from the top or front down; the patient's right is on the left, the face on the left.
     """
     axis = PLANES.index(plane)
-    across, down = (spacing[n] for n in range(3) if n != axis)
-    for n in range(volume.shape[axis]):
-        values = volume.take(n, axis)[::-1, ::-1].T
-        pixels, window = stretched(values)
-        yield Scan(
-            shrink(square(shrink(pixels), down, across)),
-            name,
-            n,
-            plane=plane,
-            size=values.shape[::-1],
-            window=window,
-            position=n * spacing[axis],
-            signal=float(np.ptp(np.percentile(values[::4, ::4], (1, 99)))),
-        )
+    across, down = (spacing[other] for other in range(3) if other != axis)
+    values = volume[(slice(None),) * axis + (n,)][::-1, ::-1].T
+    if values.dtype.names:  # RGB, with or without alpha
+        values = np.stack([values[channel] for channel in values.dtype.names], axis=-1)
+    elif scale[0] is not None:
+        values = values * np.float32(scale[0]) + np.float32(scale[1])
+    grey = grey_values(values)
+    return Scan(
+        shrink(square(shrink(grey.pixels), down, across)),
+        name,
+        n,
+        plane=plane,
+        size=values.shape[1::-1],
+        window=grey.window,
+        colour=grey.colour,
+        position=n * spacing[axis],
+        copies=(n,),
+    )
 
 
-# What all kinds share
+# -------------------------------------------------------------------------------- series
 
-SMALLEST_SERIES = 5  # slices from which on its empty slices are told from the others
+SMALLEST_SERIES = 5  # slices from which on those without a head are left out
+BLANK = "The slice is blank."
 
 
-def arranged(scans, skipped):
-    """The scans, each series numbered and in the order of its positions, its empty slices counted as skipped."""
-    number = {}
+def sort_series(scans):
+    """(scans, skipped): each study and series numbered, its slices in the order of their places.
+
+    Of a slice that is there twice one is left out, and so are those that show no head.
+    """
+    series, studies, kept, skipped = {}, {}, [], []
     for scan in scans:
         if scan.series:
-            number.setdefault(scan.series, str(len(number) + 1))
-    in_order = []
-    for series, n in number.items():
-        slices = sorted((s for s in scans if s.series == series), key=lambda s: (s.position, natural(s.file), s.slice))
-        slices = [replace(scan, series=n, slice=place) for place, scan in enumerate(slices)]
-        kept = slices if len(slices) < SMALLEST_SERIES else without_empty(slices)
-        skipped["empty or edge slices"] += len(slices) - len(kept)
-        in_order += kept
-    skipped += Counter()  # drops the zeros
-    return in_order + [scan for scan in scans if not scan.series]
+            series.setdefault(scan.series, []).append(scan)
+    for number_of, found in enumerate(series.values(), 1):
+        study = studies.setdefault(found[0].study, str(len(studies) + 1))
+        found.sort(key=lambda scan: (scan.position, natural(scan.file), scan.slice))
+        slices = without_copies(found, study, str(number_of), skipped)
+        empty = empty_slices(slices)
+        kept += [scan for scan in slices if scan.slice not in empty]
+        skipped += [
+            Skipped(scan.file, scan.emptiness, scan.series, scan.slice)
+            for scan in slices
+            if scan.slice in empty
+        ]
+    return kept + [scan for scan in scans if not scan.series], skipped
 
 
 def natural(name):
@@ -679,32 +1181,140 @@ def natural(name):
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def without_empty(series):
-    """The slices of a series that show something of the head: not much fainter than the others, not its rim."""
-    most = max(scan.signal for scan in series)
-    kept = [scan for scan in series if scan.signal >= 0.2 * most and standing_out(scan.pixels)[1].mean() >= 0.05]
-    return kept or series
+def without_copies(found, study, series, skipped):
+    """The slices of a series, each of them once, with their places and its number."""
+    first, slices = {}, []
+    for scan in found:
+        twin = next((first[key] for key in scan.copies if key in first), None)
+        if twin:
+            reason = f"It is the same slice as {twin.file} and counts once."
+            skipped.append(Skipped(scan.file, reason, series))
+        else:
+            first |= dict.fromkeys(scan.copies, scan)
+            place = {"study": study, "series": series, "slice": len(slices), "copies": ()}
+            slices.append(replace(scan, **place))
+    return slices
 
 
-def quality_checks(scan):
-    """Yield a Check for each thing that a reader of the answer should know about the picture."""
-    width, height = scan.size
-    small, flat = min(scan.size) < 128, scan.contrast < 40
-    coloured, marked = scan.colour > 4, marks_beside(scan.pixels) >= 3
-    bright = np.median(np.median(corners(scan.pixels[::2, ::2]), axis=1)) > 128
-    yield Check("Size", not small, f"The picture is small ({min(scan.size)} pixels); details may be lost."
-                if small else f"{width} x {height} pixels")  # fmt: skip
-    yield Check("Contrast", not flat, "The contrast is low; the answer may be unreliable."
-                if flat else f"{scan.contrast} of 255 levels of grey")  # fmt: skip
-    yield Check("Colour", not coloured, "The picture is in colour; it was turned to grey."
-                if coloured else "greyscale")  # fmt: skip
-    yield Check("Background", not bright, "The background is bright; the answer for an inverted picture is unreliable."
-                if bright else "dark")  # fmt: skip
-    yield Check("Text", not marked, "There is text or a scale beside the head; see that it names nobody."
-                if marked else "none seen beside the head")  # fmt: skip
+def empty_slices(slices):
+    """The places of the slices of a series that show no head; never most of a series.
+
+    If it would be most of them, only those are meant that are all of one level.
+    """
+    empty = {scan.slice for scan in slices if scan.emptiness}
+    if len(empty) > len(slices) / 2:
+        empty = {scan.slice for scan in slices if scan.emptiness == BLANK}
+    return empty if SMALLEST_SERIES <= len(slices) > len(empty) else set()
 
 
-def marks_beside(pixels):
+def emptiness(pixels):
+    """Why a slice shows no head, or None, told from nothing but its own levels of grey.
+
+    Noise evens out in the means of small squares, and a head does not; in doubt it is a head.
+    """
+    if not np.ptp(pixels):
+        return BLANK
+    side = max(8, min(pixels.shape) // 32)
+    h, w = (n // side for n in pixels.shape)
+    squares = pixels[: h * side, : w * side].reshape(h, side, w, side)
+    means = squares.mean((1, 3), dtype=np.float32)
+    if means.var() < 0.12 * pixels.var(dtype=np.float32):
+        return "The slice shows nothing but noise."
+    if (means > means.min() + 0.15 * np.ptp(means)).mean() < 0.02:
+        return "The slice shows hardly any of the head."
+    return None
+
+
+# ------------------------------------------------------------------------------- looking
+
+
+class Rule(NamedTuple):
+    """What is measured in every scan, where it is well, and where it can be answered at all."""
+
+    name: str
+    measure: Callable[[Scan], float]
+    well: tuple[float, float]
+    usable: tuple[float, float]
+    passed: str  # sentences about a `scan` and its `value`
+    warning: str
+    rejection: str = ""
+
+
+ANY = (-math.inf, math.inf)
+RULES = (
+    Rule(
+        "Size",
+        lambda scan: min(scan.size),
+        well=(128, math.inf),
+        usable=ANY,
+        passed="{scan.size[0]} x {scan.size[1]} pixels",
+        warning="The picture is small ({value} pixels); details may be lost.",
+    ),
+    Rule(
+        "Contrast",
+        lambda scan: scan.contrast,
+        well=(40, 255),
+        usable=(10, 255),
+        passed="{value} of 255 levels of grey",
+        warning="The contrast is low; the answer may be unreliable.",
+        rejection="The picture is blank or nearly so.",
+    ),
+    Rule(
+        "Colour",
+        lambda scan: scan.colour,
+        well=(0, 4),
+        usable=(0, 40),
+        passed="greyscale",
+        warning="The picture is in colour; it was turned to grey.",
+        rejection="The picture is in strong colours, which no MRI is.",
+    ),
+    Rule(
+        "Background",
+        lambda scan: np.median(np.median(corners(scan.pixels[::2, ::2]), axis=1)),
+        well=(0, 128),
+        usable=ANY,
+        passed="dark",
+        warning="The background is bright; the answer for an inverted picture is unreliable.",
+    ),
+    Rule(
+        "Text",
+        lambda scan: count_text_marks(scan.pixels),
+        well=(0, 2),
+        usable=ANY,
+        passed="none seen beside the head",
+        warning="There is text or a scale beside the head; check that it identifies nobody.",
+    ),
+)
+
+
+def look_at(scan: Scan) -> Scan:
+    """The scan with all that is found out by looking at it."""
+    scan = replace(
+        scan,
+        box=head_box(scan.pixels),
+        contrast=contrast(scan.pixels),
+        emptiness=emptiness(scan.pixels) if scan.series else None,
+    )
+    return replace(scan, checks=tuple(checked(scan, rule) for rule in RULES))
+
+
+def checked(scan, rule):
+    """The Check of a scan by a rule."""
+    value = rule.measure(scan)
+    passed = bool(rule.well[0] <= value <= rule.well[1])
+    sentence = rule.passed if passed else rule.warning
+    return Check(rule.name, passed, sentence.format(scan=scan, value=value))
+
+
+def rejection(scan: Scan) -> str | None:
+    """Why a scan cannot be answered, as one of the RULES has it; None if it can."""
+    for rule in RULES:
+        if rule.rejection and not rule.usable[0] <= rule.measure(scan) <= rule.usable[1]:
+            return rule.rejection
+    return None
+
+
+def count_text_marks(pixels):
     """How many bright marks of a letter's height stand in the background beside the head.
 
     The head is the largest connected piece that differs from the margin, filled up to its outline.
@@ -713,10 +1323,10 @@ def marks_beside(pixels):
     h, w = (n // step for n in pixels.shape)
     lines = reduce(np.maximum, [pixels[i : h * step : step] for i in range(step)])
     small = reduce(np.maximum, [lines[:, j : w * step : step] for j in range(step)])
-    margin = np.concatenate([small[:3].ravel(), small[-3:].ravel(), small[:, :3].ravel(), small[:, -3:].ravel()])
-    difference, most = differences(small, small[::2, ::2], np.median(margin))
-    threshold = max(25, 0.15 * most)
-    pieces, _ = ndimage.label(difference > threshold, np.ones((3, 3)))
+    sides = (small[:3], small[-3:], small[:, :3], small[:, -3:])
+    margin = np.median(np.concatenate([side.ravel() for side in sides]))
+    difference, most = distance_from(margin, small, small[::2, ::2])
+    pieces, _ = ndimage.label(difference > max(25, 0.15 * most), np.ones((3, 3)))
     letters = []
     for number, place in enumerate(ndimage.find_objects(pieces), 1):
         rows, columns = (p.stop - p.start for p in place)
@@ -727,11 +1337,11 @@ def marks_beside(pixels):
     if not letters:
         return 0
     head = pieces == 1 + np.bincount(pieces.ravel())[1:].argmax()
-    near = ndimage.binary_dilation(spans(head) | spans(head.T).T, iterations=4)
+    near = ndimage.binary_dilation(fill_rows(head) | fill_rows(head.T).T, iterations=4)
     return sum(not near[place][piece].any() for place, piece in letters)
 
 
-def spans(mask):
+def fill_rows(mask):
     """A mask (H, W) with every row filled from its first to its last pixel."""
     first, last = mask.argmax(1)[:, None], mask.shape[1] - 1 - mask[:, ::-1].argmax(1)[:, None]
     column = np.arange(mask.shape[1])
@@ -739,56 +1349,59 @@ def spans(mask):
 
 
 def contrast(pixels):
-    """Levels of grey between the 1st and the 99th percentile of uint8 pixels, 0 to 255, as every few of them tell."""
-    below = np.cumsum(Image.fromarray(sampled(pixels)[1]).histogram())
+    """Levels of grey, 0 to 255, between the 1st and 99th percentile of uint8 pixels (H, W)."""
+    below = np.cumsum(Image.fromarray(subsample(pixels)[1]).histogram())
     low, high = np.searchsorted(below, (0.01 * below[-1], 0.99 * below[-1]))
     return int(high - low)
 
 
-def differences(pixels, sample, background):
-    """How far uint8 pixels (H, W) are from a level of grey, float32 (H, W), and the 99th percentile of that.
+def distance_from(background, pixels, sample):
+    """How far uint8 pixels (H, W) are from a level, float32 (H, W), and the 99th percentile of it.
 
-    The percentile is that of `sample`, some of the pixels, counted level by level, which is faster than sorting them.
+    The percentile is that of `sample`, some of the pixels, counted level by level, which is
+    faster than sorting them.
     """
     of_level = np.abs(np.arange(256, dtype=np.float32) - np.float32(background))
     order = of_level.argsort(kind="stable")
     below = np.array(Image.fromarray(sample).histogram())[order].cumsum()
     place = 0.99 * (below[-1] - 1)
-    low, high = of_level[order][np.searchsorted(below, (math.floor(place), math.ceil(place)), side="right")]
-    return np.abs(pixels.astype(np.float32) - np.float32(background)), low + (high - low) * (place % 1)
+    ends = np.searchsorted(below, (math.floor(place), math.ceil(place)), side="right")
+    low, high = of_level[order][ends]
+    distance = np.abs(pixels.astype(np.float32) - np.float32(background))
+    return distance, low + (high - low) * (place % 1)
 
 
-def head_box(pixels):
+def head_box(pixels: np.ndarray) -> tuple[int, int, int, int]:
     """Box (x0, y0, x1, y1), in pixels, around what differs from the background.
 
     Rows and columns count where at least 2 % of their pixels stand out. The whole picture, if
     that leaves next to nothing.
     """
-    step, stands_out = standing_out(pixels)
-    ys = np.flatnonzero(stands_out.mean(1) > 0.02) * step
-    xs = np.flatnonzero(stands_out.mean(0) > 0.02) * step
+    step, mask = foreground(pixels)
+    ys = np.flatnonzero(mask.mean(1) > 0.02) * step
+    xs = np.flatnonzero(mask.mean(0) > 0.02) * step
     if not len(xs) or not len(ys) or min(np.ptp(xs), np.ptp(ys)) < 0.25 * min(pixels.shape):
         return 0, 0, pixels.shape[1], pixels.shape[0]
     y1, x1 = min(ys[-1] + step, pixels.shape[0]), min(xs[-1] + step, pixels.shape[1])
     return int(xs[0]), int(ys[0]), int(x1), int(y1)
 
 
-def standing_out(pixels):
+def foreground(pixels):
     """(step, mask): which of every `step`-th pixel differs from the background.
 
     The background is the level of the four corners, so that a white one works as well, and its
     noise that of the quietest corner.
     """
-    step, sample = sampled(pixels)
+    step, sample = subsample(pixels)
     background = np.sort(corners(sample).astype(np.float32))
     levels = quantile(background, 0.5)
-    difference, most = differences(sample, sample, quantile(np.sort(levels), 0.5))
+    difference, most = distance_from(quantile(np.sort(levels), 0.5), sample, sample)
     noise = quantile(np.sort(np.abs(background - levels[:, None])), 0.95).min()
     return step, difference > max(0.12 * most, 2 * noise)
 
 
 def quantile(ordered, share):
-    """A quantile of values (..., n) in ascending order; NumPy's own takes many times as long for so few."""
+    """A quantile of values (..., n) in ascending order; NumPy's own is slower for so few."""
     place = share * (ordered.shape[-1] - 1)
     low, high = ordered[..., math.floor(place)], ordered[..., math.ceil(place)]
     return low + (high - low) * (place % 1)
@@ -797,7 +1410,8 @@ def quantile(ordered, share):
 def corners(pixels):
     """The pixels (4, n) of the four corners, a sixteenth of either side."""
     h, w = (max(1, n // 16) for n in pixels.shape)
-    return np.stack([pixels[:h, :w], pixels[:h, -w:], pixels[-h:, :w], pixels[-h:, -w:]]).reshape(4, -1)
+    four = pixels[:h, :w], pixels[:h, -w:], pixels[-h:, :w], pixels[-h:, -w:]
+    return np.stack(four).reshape(4, -1)
 
 
 def prepare(pixels: np.ndarray, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
@@ -805,23 +1419,26 @@ def prepare(pixels: np.ndarray, box: tuple[int, int, int, int] | None = None) ->
 
     Cropped to the head, stretched to the full range of grey but for 1 % at each end, resized
     with its aspect ratio kept and padded with black. Training and serving both call this. `box`
-    is head_box() of the pixels, where it is known. Raises ValueError unless `pixels` is uint8 (H, W).
+    is head_box() of the pixels, where it is known. Raises ValueError unless `pixels` is uint8
+    (H, W).
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 2:
         raise ValueError(f"expected uint8 pixels (H, W), got {pixels.dtype} {pixels.shape}")
     x0, y0, x1, y1 = box or head_box(pixels)
     head = ImageOps.autocontrast(Image.fromarray(pixels[y0:y1, x0:x1]), cutoff=1)
-    square = ImageOps.pad(head, (SIDE, SIDE), Image.Resampling.BILINEAR)
-    return np.asarray(square.convert("RGB"))
+    padded = ImageOps.pad(head, (SIDE, SIDE), Image.Resampling.BILINEAR)
+    return np.asarray(padded.convert("RGB"))
 
 
 # ---------------------------------------------------------------------------- classifier
 
 NO_TUMOR = "no_tumor"
-CREW = 4  # engines at most for many scans; each takes about 40 MB
-PLAIN_CARD = {"thresholds": {"low": 0.5, "high": 0.5}, "plain": True}  # a model without card.json
-GATE = ("scale", "hidden", "hidden_bias", "weights", "bias", "threshold")
-PLAIN_LABELS = {2: [NO_TUMOR, "tumor"], 4: ["glioma", "meningioma", NO_TUMOR, "pituitary"]}
+MEMBERS = ("card.json", "serving.tflite")  # of a model file, beside those that Keras knows
+ENGINE_THREADS = 4  # of one interpreter at most; an interpreter takes about 40 MB
+WORKERS = 1 + (os.cpu_count() or 1)  # threads of one upload: some prepare while others infer
+MEASURED_SLICES = 15  # of a series from which on it is like the volumes that were measured
+GATE = ("scale", "weights", "bias", "refuse", "doubt")
+UNLIKE = ("scale", "mean", "directions", "limit")
 
 
 class ModelError(click.ClickException):
@@ -843,187 +1460,209 @@ class Finding:
 
 
 class Classifier:
-    """VGG19 over a brain MRI slice, read from a `model.keras` that Brainmodel.ipynb wrote.
+    """VGG19 over a brain MRI slice, read from the `model.keras` that Brainmodel.ipynb writes.
 
     Task: tumor or not, and which type. Input: what prepare() returns. `card` is the archive's
-    card.json: labels in output order, thresholds, figures. Serves the archive's int8 network
-    through LiteRT or, if it has none, the float network through Keras, slower.
+    card.json: labels in output order, thresholds, figures. The archive's int8 network answers,
+    through LiteRT.
 
     >>> classifier = Classifier("model.keras")
     >>> classifier.classify(read_scans(open("scan.png", "rb").read(), "scan.png"))[0].verdict
     """
 
-    def __init__(self, path, threads=1):
+    def __init__(self, path: str | pathlib.Path, threads: int = 1):
         """Load the archive and answer once; raises ModelError if that cannot be done."""
-        self.path = pathlib.Path(path)
-        members = read_archive(self.path)
-        self.sha256 = sha256(self.path.read_bytes())
-        self.card = read_card(members.get("card.json"), self.path)
-        self.threads, self.network = threads, members.get("serving.tflite")
-        written_for = self.card.get("serving_sha256")  # which an older card lacks
-        if self.network and written_for and written_for != sha256(self.network):
-            raise wrong_model(self.path, "holds another network than the one its card was written for")
-        self.lock = threading.Lock()  # engines are not shared between threads
-        self.hiring, self.engines = threading.Lock(), None  # of crew()
-        if self.network:
-            self.engine = f"litert-{self.card.get('serving', 'int8')}"
-            self.run = litert(self.network, threads, self.path)
-        else:
-            self.engine, self.run = "keras-float32", keras_model(self.path)
+        path = pathlib.Path(path)
+        archive = read_archive(path)
+        network = archive["serving.tflite"]
+        self.sha256 = sha256(path.read_bytes())
+        self.card = read_card(archive["card.json"], path)
+        if self.card.get("serving_sha256") != sha256(network):
+            raise wrong_model(path, "holds another network than the one its card was written for")
+        self.engine = f"litert-{self.card.get('serving', 'int8')}"
+        self.engines = queue.SimpleQueue()  # those that are free
+        count = max(1, -(-threads // ENGINE_THREADS))
+        for _ in range(count):
+            self.engines.put(litert(network, max(1, threads // count), path))
         start = time.monotonic()
         outputs = self.infer(np.zeros((1, SIDE, SIDE, 3), np.uint8))
         self.seconds = time.monotonic() - start  # of one scan, rather more: it was the first
+        self.labels = self.card["labels"]
         width = outputs["probabilities"].shape[1]
-        self.labels = self.card.get("labels") or PLAIN_LABELS.get(width, [])
-        if width != len(self.labels) or NO_TUMOR not in self.labels:
-            labels = ", ".join(self.labels) or "unknown"
-            raise wrong_model(self.path, f"gives {width} numbers a scan, but its labels are {labels}")
-        self.gate = read_gate(self.card.get("gate"), outputs.get("embedding"), self.path)
+        if width != len(self.labels):
+            labels = ", ".join(self.labels)
+            raise wrong_model(path, f"gives {width} numbers per scan, but its labels are {labels}")
+        self.gate, self.unlike = read_gate(self.card, outputs["embedding"], path)
+        self.summary = {"sha256": self.sha256, "engine": self.engine, "labels": self.labels}
 
-    def infer(self, prepared):
-        """Outputs by name for uint8 (N, 224, 224, 3), with all threads, for one caller at a time."""
-        with self.lock:
-            return self.run(prepared)
-
-    def crew(self):
-        """Engines for many scans, each with its share of the threads, in a queue of those that are free.
-
-        For many scans an engine a core beats one engine on all cores: no core waits for another,
-        and each prepares its own next scan. Made when first needed; a single scan needs none.
-        """
-        with self.hiring:
-            if self.engines is None:
-                self.engines = queue.SimpleQueue()
-                for _ in range(1 if self.network is None else max(1, min(self.threads, CREW))):
-                    share = max(1, self.threads // CREW)
-                    self.engines.put(litert(self.network, share, self.path) if self.network else self.infer)
-            return self.engines
-
-    def infer_beside(self, prepared):
-        """As infer(), with one of the crew, while the others work on other scans."""
-        crew = self.crew()
-        engine = crew.get()
+    def infer(self, prepared: np.ndarray) -> dict[str, np.ndarray]:
+        """Outputs by name for uint8 (N, 224, 224, 3), from the next engine that is free."""
+        engine = self.engines.get()
         try:
             return engine(prepared)
         finally:
-            crew.put(engine)
+            self.engines.put(engine)
 
     def classify(self, scans: list[Scan]) -> list[Finding]:
-        """A Finding for each scan, in order; one scan alone has all threads."""
-        if len(scans) == 1:
-            return [self.classify_one(scans[0], self.infer)]
-        with ThreadPoolExecutor(CREW) as pool:
-            return list(pool.map(lambda scan: self.classify_one(scan, self.infer_beside), scans))
+        """A Finding for each scan, in order."""
+        with threaded_map(len(scans)) as each:
+            return list(each(self.classify_one, scans))
 
-    def classify_one(self, scan, infer):
-        """The Finding for a scan, through infer(), or infer_beside() for one of many."""
+    def classify_one(self, scan: Scan) -> Finding:
+        """The Finding for a scan."""
         prepared = prepare(scan.pixels, scan.box)
-        outputs = {name: values[0] for name, values in infer(prepared[None]).items()}
-        reason = self.why_rejected(scan, prepared[..., 0], outputs.get("embedding"))
-        finding = self.finding(reason, outputs["probabilities"], outputs.get("heat"))
-        if finding.heat is not None and finding.label != NO_TUMOR and outside_head(prepared, finding.heat) > 0.5:
-            return replace(finding, warnings=("The network looked outside the head; the answer may be unreliable.",))
-        return finding
-
-    def finding(self, reason, probabilities, heat):
-        """The Finding for the network's outputs for one scan, or for a reason to reject it."""
+        outputs = {name: values[0] for name, values in self.infer(prepared[None]).items()}
+        grey, embedding = prepared[..., 0], outputs["embedding"]
+        score = math.inf
+        if self.gate:
+            score = gate_score(self.gate, gate_features(self.gate["scale"], embedding, grey))
+        reason = why_rejected(scan, grey)
+        if not reason and self.gate and score < self.gate["refuse"]:
+            reason = "This does not look like a slice of a brain MRI."
         if reason:
             return Finding("rejected", reason=reason)
+        unlike = self.unlike and unlikeness(self.unlike, embedding) > self.unlike["limit"]
+        finding = self.finding(outputs["probabilities"], outputs["heat"], unlike)
+        outside = finding.label != NO_TUMOR and outside_head(prepared, finding.heat) > 0.5
+        warnings = {
+            "This may not be a brain MRI.": self.gate and score < self.gate["doubt"],
+            "Uncertain: unlike the scans this model was trained on.": unlike,
+            "The network looked outside the head; the answer may be unreliable.": outside,
+        }
+        return replace(finding, warnings=tuple(text for text, holds in warnings.items() if holds))
+
+    def finding(self, probabilities, heat, unlike=False):
+        """The Finding for the network's outputs for one scan; uncertain if it is `unlike` all."""
         by_label = {label: float(p) for label, p in zip(self.labels, probabilities)}
         tumor_probability = 1 - by_label[NO_TUMOR]
         verdict, risk = judge(tumor_probability, **self.card["thresholds"])
+        if unlike:
+            verdict, risk = "uncertain", "medium"
         label = most_probable(by_label, verdict)
-        if heat is not None:
-            heat = np.asarray(heat[..., self.labels.index(label)], np.float32)
+        heat = np.asarray(heat[..., self.labels.index(label)], np.float32)
         return Finding(verdict, label, risk, tumor_probability, by_label, heat)
 
-    def why_rejected(self, scan, grey, embedding):
-        """A sentence if the picture is no brain MRI, else None; grey (224, 224) is what the network saw.
 
-        Blankness, colour and noise (neighbouring pixels that hardly agree) are seen in the
-        picture. For the rest the card holds a small network on the embedding and a thumbnail, fitted
-        between brain MRI and other pictures (outlier exposure, Hendrycks et al. 2019).
-        """
-        if scan.contrast < 10 or not np.ptp(grey):
-            return "The picture is blank or nearly so."
-        if scan.colour > 40:
-            return "The picture is in strong colours, which no MRI is."
-        rows = grey[::2] - grey.mean(dtype=np.float32)
-        if np.vdot(rows[:, 1:], rows[:, :-1]) < 0.5 * np.vdot(rows, rows):  # their autocorrelation
-            return "The picture is noise rather than a scan."
-        if self.gate:
-            features = gate_features(self.gate["scale"], embedding, grey)
-            if gate_score(self.gate, features) < self.gate["threshold"]:
-                return "This does not look like a slice of a brain MRI."
-        return None
+def why_rejected(scan, grey):
+    """A sentence if the picture cannot be an MRI, else None; grey (224, 224) is what is seen.
 
-
-def read_gate(gate, embedding, path):
-    """The gate of a card as arrays, tried on embeddings (N, D); None where there is none."""
-    if not gate or embedding is None:
-        return None
-    try:
-        gate = {name: np.asarray(gate[name], np.float32) for name in GATE}
-        nothing = np.zeros((len(embedding), SIDE, SIDE))
-        if gate_score(gate, gate_features(gate["scale"], embedding, nothing)).shape != embedding.shape[:1]:
-            raise ValueError("no score for each embedding")
-    except (ValueError, KeyError, TypeError):
-        raise wrong_model(path, f"has a gate that does not fit an embedding of {embedding.shape[1]}") from None
-    return gate
-
-
-def gate_features(scale, embedding, grey):
-    """What the gate looks at, (..., D + 196): the embedding (..., D) of grey (..., 224, 224), and a thumbnail of it.
-
-    The logarithm takes out how loud the embedding is; the thumbnail says where things are, which its pooling has lost.
+    Blankness, colour and noise (neighbouring pixels that hardly agree) are seen in the picture.
+    For the rest there is the card's gate, fitted between brain MRI and other pictures (outlier
+    exposure, Hendrycks et al. 2019).
     """
-    thumbnail = grey.reshape(*grey.shape[:-2], 14, SIDE // 14, 14, SIDE // 14).mean((-3, -1)) / 255
-    return np.concatenate([np.log1p(scale * embedding), thumbnail.reshape(*grey.shape[:-2], -1)], axis=-1)
+    if reason := rejection(scan):
+        return reason
+    if not np.ptp(grey):
+        return "The picture is blank or nearly so."
+    rows = grey[::2] - grey.mean(dtype=np.float32)
+    if np.vdot(rows[:, 1:], rows[:, :-1]) < 0.5 * np.vdot(rows, rows):  # their autocorrelation
+        return "The picture is noise rather than a scan."
+    return None
 
 
-def gate_score(gate, features):
-    """How much gate_features() (..., F) look like brain MRI, (...,): from gate["threshold"] on they pass."""
-    hidden = np.maximum(features @ gate["hidden"] + gate["hidden_bias"], 0)
-    return hidden @ gate["weights"] + gate["bias"]
+def read_gate(card: dict, embedding: np.ndarray, path: pathlib.Path) -> tuple:
+    """(gate, unlike) of a card as arrays, tried on embeddings (N, D); None where it has none."""
+    try:
+        gate, unlike = (
+            card.get(part) and {name: np.asarray(card[part][name], np.float32) for name in names}
+            for part, names in (("gate", GATE), ("unlike", UNLIKE))
+        )
+        nothing = np.zeros((len(embedding), SIDE, SIDE))
+        tried = [unlikeness(unlike, embedding)] if unlike else []
+        if gate:
+            tried.append(gate_score(gate, gate_features(gate["scale"], embedding, nothing)))
+        if any(values.shape != embedding.shape[:1] for values in tried):
+            raise ValueError("not one number for each embedding")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        width = embedding.shape[1]
+        raise wrong_model(path, f"has a gate that does not fit an embedding of {width}") from None
+    return gate, unlike
 
 
-def outside_head(prepared, heat):
-    """The share of the positive heat (14, 14) that lies outside the head in what the network saw, 0 to 1."""
-    _, mask = standing_out(prepared[::2, ::2, 0])
-    head = spans(mask) & spans(mask.T).T
+def gate_features(scale: float, embedding: np.ndarray, grey: np.ndarray) -> np.ndarray:
+    """What the gate looks at, (..., D + 196): embedding (..., D) and thumbnail of grey (..., H, W).
+
+    The logarithm takes out the scale of the embedding; the thumbnail says where things are, which
+    the embedding's pooling has lost.
+    """
+    cells = grey.reshape(*grey.shape[:-2], 14, SIDE // 14, 14, SIDE // 14).mean((-3, -1)) / 255
+    cells = cells.reshape(*grey.shape[:-2], -1)
+    return np.concatenate([np.log1p(scale * embedding), cells], axis=-1)
+
+
+def gate_score(gate: dict, features: np.ndarray) -> np.ndarray:
+    """How much gate_features() (..., F) look like brain MRI, (...,): a logistic regression."""
+    return features @ gate["weights"] + gate["bias"]
+
+
+def unlikeness(unlike: dict, embedding: np.ndarray) -> np.ndarray:
+    """How far embeddings (..., D) lie from those of the training scans, (...,): 1 is usual.
+
+    The Mahalanobis distance within the largest components (Lee et al. 2018), root mean square.
+    """
+    whitened = (np.log1p(unlike["scale"] * embedding) - unlike["mean"]) @ unlike["directions"]
+    return np.sqrt((whitened**2).mean(-1))
+
+
+def outside_head(prepared: np.ndarray, heat: np.ndarray) -> float:
+    """The share of the positive heat (14, 14) outside the head that the network saw, 0 to 1."""
+    _, mask = foreground(prepared[::2, ::2, 0])
+    head = fill_rows(mask) & fill_rows(mask.T).T
     cells = head.reshape(14, SIDE // 28, 14, SIDE // 28).mean((1, 3))
     warm = np.maximum(heat, 0)
     return 1 - float((warm * cells).sum() / max(warm.sum(), 1e-6))
 
 
-def read_archive(path):
-    """{name: bytes} of the members that Keras ignores; raises ModelError for a file that is none."""
+@contextlib.contextmanager
+def threaded_map(count: int) -> Iterator[Callable]:
+    """A map() for `count` items, on threads of its own if there are several.
+
+    On leaving, items in progress are finished and no others are begun.
+    """
+    if count < 2:
+        yield map
+        return
+    pool = ThreadPool(min(count, WORKERS))
+    try:
+        yield pool.imap
+    finally:
+        pool.terminate()
+        pool.join()
+
+
+def read_archive(path: pathlib.Path) -> dict[str, bytes]:
+    """MEMBERS of a model file; raises ModelError if it does not hold them."""
     if not path.is_file():
-        raise ModelError(f"{path} is missing; run Brainmodel.ipynb or fetch it with the repository.")
+        advice = "run Brainmodel.ipynb or fetch it with the repository"
+        raise ModelError(f"{path} is missing; {advice}.")
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
             raise ModelError(f"{path} is a git-LFS pointer, not the model; run `git lfs pull`.")
     try:
         with zipfile.ZipFile(path) as archive:
-            names = set(archive.namelist()) & {"card.json", "serving.tflite"}
-            return {name: archive.read(name) for name in names}
+            missing = set(MEMBERS) - set(archive.namelist())
+            found = {name: archive.read(name) for name in MEMBERS if name not in missing}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
-        raise ModelError(f"{path} is cut off or damaged; fetch it again or run Brainmodel.ipynb.") from None
+        advice = "fetch it again or run Brainmodel.ipynb"
+        raise ModelError(f"{path} is cut off or damaged; {advice}.") from None
+    if missing:
+        names, advice = " and ".join(sorted(missing)), 'run Brainmodel.ipynb to its part "Export"'
+        raise ModelError(f"{path} is a Keras file without {names}; {advice}, which adds them.")
+    return found
 
 
-def sha256(data):
+def sha256(data: bytes) -> str:
     """The SHA-256 of bytes in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
-def wrong_model(path, what):
+def wrong_model(path: pathlib.Path, what: str) -> ModelError:
+    """The error for a model file of another shape than the app expects."""
     return ModelError(f"{path} {what}; run Brainmodel.ipynb to write one that fits.")
 
 
-def read_card(data, path):
-    """The card from the bytes of card.json, checked for what serving needs; PLAIN_CARD for None."""
-    if data is None:
-        return PLAIN_CARD
+def read_card(data: bytes, path: pathlib.Path) -> dict:
+    """The card from the bytes of card.json, checked for what serving needs."""
     try:
         card = json.loads(data)
         judge(0.5, **card["thresholds"])
@@ -1034,57 +1673,25 @@ def read_card(data, path):
     return card
 
 
-def litert(network, threads, path="model.keras"):
-    """The serving network (bytes) as a function from uint8 (N, 224, 224, 3) to outputs by name."""
+def litert(network: bytes, threads: int, path: str | pathlib.Path = "model.keras") -> Callable:
+    """The serving network as a function from uint8 (N, 224, 224, 3) to outputs by name."""
     from ai_edge_litert.interpreter import Interpreter
 
     try:
-        runner = Interpreter(model_content=network, num_threads=threads).get_signature_runner()
+        interpreter = Interpreter(model_content=network, num_threads=threads)
+        runner = interpreter.get_signature_runner()
         shape = tuple(runner.get_input_details()["scan"]["shape_signature"])
-        runner.get_output_details()["probabilities"]
+        outputs = set(runner.get_output_details())
     except (ValueError, KeyError, RuntimeError):
         raise wrong_model(path, "holds a network that cannot be read") from None
     if shape != (-1, SIDE, SIDE, 3):
         raise wrong_model(path, f"takes scans {shape}, not (-1, {SIDE}, {SIDE}, 3)")
+    if not outputs >= {"probabilities", "heat", "embedding"}:
+        raise wrong_model(path, f"holds a network that gives only {', '.join(sorted(outputs))}")
     return lambda prepared: runner(scan=prepared.astype(np.float32))
 
 
-def keras_model(path):
-    """The float network of an archive as a function, as litert(); imports TensorFlow."""
-    import keras
-
-    if tuple(int(part) for part in keras.__version__.split(".")[:2]) < (3, 11):  # CVE-2025-9906, CVE-2025-1550
-        raise ModelError(f"Keras {keras.__version__} can be made to run code by a model file; install 3.11 or newer.")
-    try:
-        model = keras.models.load_model(path, compile=False)
-    except Exception as error:  # Keras raises nearly anything on an archive it does not know
-        raise ModelError(f"{path} is not a Keras model; run Brainmodel.ipynb to write one.") from error
-    if model.input_shape != (None, SIDE, SIDE, 3):
-        raise wrong_model(path, f"takes scans {model.input_shape}, not (None, {SIDE}, {SIDE}, 3)")
-    serving = with_heat(model)
-    return lambda prepared: {k: np.asarray(v) for k, v in serving(prepared.astype("float32")).items()}
-
-
-def with_heat(model):
-    """A Keras model as one with the outputs `probabilities`, `heat` and `embedding`.
-
-    The heat of a label is its class activation map: what the dense layer weighs after the global
-    average pooling, weighed before it (Zhou et al. 2016), so its mean is the label's logit less
-    the bias. A model without that ending keeps `probabilities` alone.
-    """
-    import keras
-
-    *_, pool, head = [layer for layer in model.layers if not isinstance(layer, keras.layers.Dropout)]
-    if not isinstance(pool, keras.layers.GlobalAveragePooling2D) or not isinstance(head, keras.layers.Dense):
-        return keras.Model(model.input, {"probabilities": model.output})
-    weigh = keras.layers.Conv2D(head.units, 1, use_bias=False, name="heat", dtype="float32")
-    heat = weigh(pool.input)
-    weigh.set_weights([head.get_weights()[0][None, None]])
-    outputs = {"probabilities": model.output, "heat": heat, "embedding": pool.output}
-    return keras.Model(model.input, outputs)
-
-
-def judge(tumor_probability, low, high):
+def judge(tumor_probability: float, low: float, high: float) -> tuple[str, str]:
     """(verdict, risk) of a tumor probability between the card's two thresholds."""
     if tumor_probability < low:
         return NO_TUMOR, "low"
@@ -1093,7 +1700,7 @@ def judge(tumor_probability, low, high):
     return "uncertain", "medium"
 
 
-def most_probable(probabilities, verdict):
+def most_probable(probabilities: dict[str, float], verdict: str) -> str:
     """The label to name: of the tumors alone if the verdict is `tumor`, so that both agree."""
     if verdict == NO_TUMOR:
         return NO_TUMOR
@@ -1104,75 +1711,67 @@ def most_probable(probabilities, verdict):
 # --------------------------------------------------------------------------------- store
 
 ID = re.compile(r"[A-Za-z0-9_-]{22}")  # secrets.token_urlsafe(16)
-FAST_PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # smaller than level 1 alone, and faster
-GREYS = bytes(np.arange(256, dtype=np.uint8).repeat(3))  # a palette: Pillow tries no filters on it, which take longest
-
-# Black, purple, orange, pale yellow: matplotlib's `inferno` at nine even steps, even to the eye.
-HEAT_COLOURS = np.array(
-    [
-        (0, 0, 4), (33, 12, 74), (87, 16, 110), (138, 34, 106), (188, 55, 84),
-        (228, 90, 49), (249, 142, 9), (249, 203, 53), (252, 255, 164),
-    ]
-)  # fmt: skip
+FAST_PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # smaller than level 1 alone, faster
+GREYS = bytes(np.arange(256, dtype=np.uint8).repeat(3))  # a palette: Pillow tries no filters on it
+HEAT_COLOURS = {"black": (0, 0, 4), "mid": (188, 55, 84), "white": (252, 255, 164)}  # of `inferno`
+GONE = "This result does not exist or has been removed."
 
 
-def save(uploads, scans, findings, model, card, **more):
-    """Write one upload to `uploads`/<id>/ and return its result, the dict of `result.json`.
-
-    Holds the pictures re-encoded, the heats, of which heatmaps are drawn when they are asked for,
-    and the answer; nothing of the files sent but the last part of their names. Written under a
-    temporary name, so it is whole or absent.
-    """
-    result = new_result(model, **more)
-    entries = [scan_entry(result["id"], n, *each) for n, each in enumerate(zip(scans, findings))]
-    result |= {"status": "done", "progress": 1.0, "scans": entries, "study": study_answer(entries, card)}
-    partial = uploads / f".{result['id']}"
-    try:
-        partial.mkdir(parents=True)  # the folder of uploads may have vanished
-        for n, (scan, finding) in enumerate(zip(scans, findings)):
-            keep_scan(partial / str(n), scan, finding)
-        write_result(partial, result)
-        partial.rename(uploads / result["id"])
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return result
-
-
-def new_result(model, **more):
-    """The result of an upload before anything of it is answered."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+def new_result(model: dict, scans: list[Scan], skipped: list[Skipped]) -> dict:
+    """The result of an upload, as result.json holds it, before anything of it is answered."""
+    studies = len({scan.study for scan in scans} - {None})
+    several = f"These scans belong to {studies} patients or studies; each is answered on its own."
     return {
         "id": secrets.token_urlsafe(16),
-        "created": now.replace("+00:00", "Z"),
+        "created": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}",
         "status": "running",
         "progress": 0.0,
+        "total": len(scans),
+        "warnings": [several] if studies > 1 else [],
+        "study": None,
+        "studies": [],
         "scans": [],
+        "skipped": [item._asdict() for item in skipped],
         "model": model,
-    } | more
+    }
 
 
-def write_result(folder, result):
-    """Write result.json into a folder in one move; raises FileNotFoundError if the folder is gone."""
+def write_result(folder: pathlib.Path, result: dict) -> None:
+    """Write result.json in one move; raises FileNotFoundError if the folder is gone."""
     partial = folder / ".result.json"
     partial.write_bytes(json.dumps(result).encode())
     partial.replace(folder / "result.json")
 
 
-def scan_entry(upload_id, n, scan, finding):
+@contextlib.contextmanager
+def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A hidden folder that becomes `folder` if the block ends well, and else is removed."""
+    partial = folder.with_name(f".{folder.name}")
+    try:
+        partial.mkdir(parents=True)  # the folder of uploads may have vanished
+        yield partial
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def scan_entry(upload_id: str, n: int, scan: Scan, finding: Finding) -> dict:
     """Scan n of an upload as the JSON of a result has it."""
-    address = f"/results/{upload_id}/{n}"
-    probabilities = finding.probabilities and {k: round(p, 4) for k, p in finding.probabilities.items()}
-    p = finding.tumor_probability
+    url, p, probabilities = f"/results/{upload_id}/{n}", finding.tumor_probability, None
+    if p is not None:
+        p = round(p, 4)
+        probabilities = {label: round(q, 4) for label, q in finding.probabilities.items()}
     return {
         "file": scan.file,
-        "slice": scan.slice,
+        "study": scan.study,
         "series": scan.series,
+        "slice": scan.slice,
         "plane": scan.plane,
         "verdict": finding.verdict,
         "label": finding.label,
         "risk": finding.risk,
-        "tumor_probability": None if p is None else round(p, 4),
+        "tumor_probability": p,
         "probabilities": probabilities,
         "reason": finding.reason,
         "warnings": [*scan.warnings, *finding.warnings],
@@ -1181,111 +1780,85 @@ def scan_entry(upload_id, n, scan, finding):
         "kept": scan.pixels.shape[::-1],
         "crop": scan.box,
         "window": scan.window,
-        "scan": f"{address}/scan.png",
-        "heatmap": None if finding.heat is None else f"{address}/heatmap.png",
+        "scan": f"{url}/scan.png",
+        "heatmap": None if finding.heat is None else f"{url}/heatmap.png",
     }
 
 
-def keep_scan(folder, scan, finding):
-    """Write scan.png, heat.f32 where there is a heat, and the study's identifiers where they were asked for."""
+def keep_scan(folder: pathlib.Path, scan: Scan, finding: Finding) -> None:
+    """Write scan.png, heat.f32 if there is a heat, and identifiers.json if they were read."""
     folder.mkdir()
     picture = Image.fromarray(scan.pixels)
     picture.putpalette(GREYS)
-    (folder / "scan.png").write_bytes(png_of(picture, compress_level=0))  # half the size would take seven times as long
+    data = png_of(picture, compress_level=0)  # half the size would take seven times as long
+    (folder / "scan.png").write_bytes(data)
     if finding.heat is not None:
         (folder / "heat.f32").write_bytes(finding.heat.tobytes())  # float32 (14, 14)
     if scan.identifiers:
         (folder / "identifiers.json").write_text(json.dumps(scan.identifiers))
 
 
-def heatmap_of(folder):
-    """The heatmap of a scan that keep_scan() kept, as a picture."""
-    with Image.open(folder / "scan.png") as picture:
-        return draw_heat(np.asarray(picture.convert("L")), np.fromfile(folder / "heat.f32", np.float32).reshape(14, 14))
-
-
-def png_of(picture, **how):
-    """The bytes of a picture as a PNG file, compressed fast or as Pillow's options `how` say."""
+def png_of(picture: Image.Image, **options) -> bytes:
+    """A picture as a PNG file, compressed fast unless Pillow's `options` say otherwise."""
     file = io.BytesIO()
-    picture.save(file, "PNG", **(how or FAST_PNG))
+    picture.save(file, "PNG", **(options or FAST_PNG))
     return file.getvalue()
 
 
-def secondary_capture(picture, identifiers, n):
-    """An RGB picture as the bytes of a DICOM Secondary Capture, of the study that `identifiers` name if any."""
+def heatmap_of(folder: pathlib.Path, box: tuple[int, int, int, int]) -> Image.Image:
+    """The heatmap of a scan that keep_scan() kept, whose head lies in `box`."""
+    with Image.open(folder / "scan.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    heat = np.fromfile(folder / "heat.f32", np.float32).reshape(14, 14)
+    levels = Image.fromarray((heat_levels(pixels, heat, box) * 255).astype(np.uint8))
+    colours, opacity = ImageOps.colorize(levels, **HEAT_COLOURS), levels.point(lambda v: 0.7 * v)
+    return Image.composite(colours, Image.fromarray(pixels).convert("RGB"), opacity)
+
+
+def heat_levels(pixels: np.ndarray, heat: np.ndarray, box: tuple | None = None) -> np.ndarray:
+    """The heat of a label (14, 14) over the scan it came from: float32 (H, W), 0 to 1.
+
+    The map lies over the square that prepare() made; padding and crop are undone. `box` is
+    head_box() of the pixels, where it is known.
+    """
+    x0, y0, x1, y1 = box or head_box(pixels)
+    width, height = x1 - x0, y1 - y0
+    side = max(width, height)
+    warm = np.maximum(heat, 0).astype(np.float32) / max(float(heat.max()), 1e-6)
+    resized = Image.fromarray(warm).resize((side, side), Image.Resampling.BICUBIC)
+    left, top = (side - width) // 2, (side - height) // 2
+    levels = np.zeros(pixels.shape, np.float32)
+    levels[y0:y1, x0:x1] = np.asarray(resized)[top : top + height, left : left + width]
+    return levels.clip(0, 1)
+
+
+def secondary_capture(picture: Image.Image, identifiers: dict[str, str], n: int) -> bytes:
+    """An RGB picture as a DICOM Secondary Capture, of the study that `identifiers` name if any."""
     from pydicom import Dataset, dcmwrite, uid
 
-    now = datetime.datetime.now()
-    dataset = Dataset()
+    dataset, file, now = Dataset(), io.BytesIO(), datetime.datetime.now()
+    dataset.SpecificCharacterSet = "ISO_IR 192"
     dataset.update({key: identifiers.get(key, "") for key in IDENTIFIERS})
     dataset.StudyInstanceUID = identifiers.get("StudyInstanceUID") or uid.generate_uid()
-    dataset.SeriesInstanceUID, dataset.SOPInstanceUID = uid.generate_uid(), uid.generate_uid()
+    dataset.SeriesInstanceUID = uid.generate_uid()
     dataset.SOPClassUID = uid.SecondaryCaptureImageStorage
-    dataset.Modality, dataset.ConversionType, dataset.SeriesDescription = "OT", "WSD", "Heatmap, not for diagnosis"
+    dataset.Modality, dataset.ConversionType = "OT", "WSD"
+    dataset.SeriesDescription = "Heatmap, not for diagnosis"
     dataset.SeriesNumber, dataset.InstanceNumber = "1", str(n + 1)
-    dataset.ContentDate, dataset.ContentTime = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
-    dataset.PhotometricInterpretation, dataset.SamplesPerPixel, dataset.PlanarConfiguration = "RGB", 3, 0
-    dataset.Columns, dataset.Rows = picture.size
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 8, 8, 7, 0
-    pixels = picture.tobytes()
-    dataset.PixelData = pixels + bytes(len(pixels) % 2)
+    dataset.ContentDate, dataset.ContentTime = f"{now:%Y%m%d}", f"{now:%H%M%S}"
     dataset.ensure_file_meta()
     dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    file = io.BytesIO()
+    dataset.set_pixel_data(np.asarray(picture), "RGB", 8)
     dcmwrite(file, dataset, enforce_file_format=True)
     return file.getvalue()
 
 
-def heat_levels(pixels, heat):
-    """The heat of a label, float (14, 14), over the scan it came from: float32 (H, W), 0 to 1.
-
-    The map lies over the square that prepare() made; padding and crop are undone.
-    """
-    x0, y0, x1, y1 = head_box(pixels)
-    width, height = x1 - x0, y1 - y0
-    side = max(width, height)
-    warm = np.maximum(heat, 0).astype(np.float32) / max(float(heat.max()), 1e-6)
-    square = Image.fromarray(warm).resize((side, side), Image.Resampling.BICUBIC)
-    left, top = (side - width) // 2, (side - height) // 2
-    levels = np.zeros(pixels.shape, np.float32)
-    levels[y0:y1, x0:x1] = np.asarray(square)[top : top + height, left : left + width]
-    return levels.clip(0, 1)
+def is_old(path: pathlib.Path, hours: float) -> bool:
+    """Whether a path was changed more than `hours` ago, or in a future that a wrong clock set."""
+    return abs(time.time() - path.stat().st_mtime) > hours * 3600
 
 
-def draw_heat(pixels, heat):
-    """The scan as an RGB picture with the heat over it, opaque where it is hottest."""
-    levels = (heat_levels(pixels, heat) * 255).astype(np.uint8)
-    colours = Image.fromarray(levels)
-    colours.putpalette(heat_palette().tobytes())
-    opacity = Image.fromarray((levels * 0.7).astype(np.uint8))
-    grey = Image.fromarray(pixels).convert("RGB")
-    return Image.composite(colours.convert("RGB"), grey, opacity)
-
-
-def heat_palette():
-    """uint8 (256, 3): HEAT_COLOURS with the steps between them filled in."""
-    steps = np.linspace(0, 255, len(HEAT_COLOURS))
-    channels = [np.interp(np.arange(256), steps, c) for c in HEAT_COLOURS.T]
-    return np.stack(channels, axis=1).round().astype(np.uint8)
-
-
-GONE = "There is no such result (any more); results are removed after a time."
-
-
-def find_upload(uploads, upload_id, hours):
-    """The folder of an upload; 404 if there is none, or it is older than `hours` and to be removed."""
-    folder = uploads / upload_id
-    if not ID.fullmatch(upload_id) or not (folder / "result.json").is_file() or is_old(folder, hours):
-        abort(404, GONE)
-    return folder
-
-
-def is_old(folder, hours):
-    """Whether a folder is older than `hours`, or comes from a future that a wrong clock had shown."""
-    return abs(time.time() - folder.stat().st_mtime) > hours * 3600
-
-
-def sweep(uploads, hours):
+def sweep(uploads: pathlib.Path, hours: float) -> None:
     """Remove the uploads older than `hours`, half-written ones included, and nothing else."""
     for folder in uploads.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another worker was faster
@@ -1293,251 +1866,273 @@ def sweep(uploads, hours):
                 shutil.rmtree(folder)
 
 
-def keep_sweeping(uploads, hours):
-    """Sweep every minute, or sooner where results are kept for minutes only, in a thread of its own.
+def csv_columns(labels: list[str]) -> list[str]:
+    """The columns of a scan in CSV: where it came from, the answer, or why there is none."""
+    place = ["file", "study", "series", "slice", "plane", "crop"]
+    return [*place, "verdict", "label", "risk", "tumor_probability", *labels, "reason", "warnings"]
 
-    No upload then pays for looking at all the others.
+
+def csv_rows(scans: list[dict], skipped: list[dict]) -> Iterator[dict]:
+    """A row for each scan's entry, then one for each file or slice that was skipped."""
+    for entry in scans:
+        texts = {"warnings": " ".join(entry["warnings"]), "crop": " ".join(map(str, entry["crop"]))}
+        yield entry | (entry["probabilities"] or {}) | texts
+    for item in skipped:
+        yield item | {"verdict": "skipped"}
+
+
+def write_csv(file, columns: list[str], rows: Iterable[dict], header: bool = True) -> None:
+    """Write rows as CSV, in which no spreadsheet takes a text for a formula."""
+    table = csv.DictWriter(file, columns, extrasaction="ignore")
+    if header:
+        table.writeheader()
+    for row in rows:
+        table.writerow({name: unformulated(value) for name, value in row.items()})
+
+
+def unformulated(value: object) -> object:
+    """Text that begins like a formula with an apostrophe before it; any other value as it is."""
+    return re.sub(r"^(?=[=+@\t\r-])", "'", value) if isinstance(value, str) else value
+
+
+# ---------------------------------------------------------------------------------- jobs
+
+HEARTBEAT = 5.0  # seconds between two signs of life of an unfinished upload
+SILENCE = 30.0  # seconds without one, after which its server must have stopped
+
+
+def answer(classifier: Classifier, folder: pathlib.Path, result: dict, scans: list[Scan]) -> dict:
+    """Classify the scans of an upload into its folder and result, until done or cancelled.
+
+    Every upload comes here: small ones within their request, large ones in the background.
     """
 
-    def loop():
-        while True:
-            time.sleep(min(60, max(1, hours * 360)))  # a tenth of the retention
-            with contextlib.suppress(OSError):  # the folder is away for a while: /healthz says so
-                sweep(uploads, hours)
-
-    threading.Thread(target=loop, name="sweep", daemon=True).start()
-
-
-def as_csv(result):
-    """The CSV of a result: a line a scan, a column a label."""
-    labels = result["model"]["labels"]
-    columns = ["file", "series", "slice", "plane", "verdict", "label", "risk", "tumor_probability", *labels]
-    text = io.StringIO()
-    table = csv.DictWriter(text, [*columns, "reason", "warnings"], extrasaction="ignore")
-    table.writeheader()
-    for scan in result["scans"]:
-        probabilities = scan["probabilities"] or {}
-        name = re.sub(r"^([=+@-])", r"'\1", scan["file"])  # a spreadsheet would take it for a formula
-        table.writerow(scan | probabilities | {"file": name, "warnings": " ".join(scan["warnings"])})
-    return text.getvalue()
-
-
-# ------------------------------------------------------------------------------- studies
-
-
-class Studies:
-    """Uploads too large to be answered at once: done one after the other, in a thread of their own."""
-
-    def __init__(self, classifier, most):
-        self.classifier, self.waiting = classifier, queue.Queue(most)
-        threading.Thread(target=self.work, name="studies", daemon=True).start()
-
-    def start(self, uploads, scans, model, **more):
-        """Begin a study; returns its result so far. Raises queue.Full if too many wait."""
-        result = new_result(model, total=len(scans), worker=this_process(), **more)
-        folder = uploads / result["id"]
-        folder.mkdir(parents=True)  # as in save()
-        write_result(folder, result)
-        try:
-            self.waiting.put_nowait((folder, result, scans))
-        except queue.Full:
-            shutil.rmtree(folder)
-            raise
-        return result
-
-    def work(self):
-        """Do what waits, for ever."""
-        while True:
-            folder, result, scans = self.waiting.get()
-            try:
-                run_study(self.classifier, folder, result, scans)
-            except Exception:  # not even its end could be written; the next study has to run
-                logging.exception("a study could not be ended")
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def run_study(classifier, folder, result, scans):
-    """Answer a study, whatever happens to it meanwhile; one that failed says so."""
-    try:
-        answer_study(classifier, folder, result, scans)
-    except FileNotFoundError:  # deleted meanwhile
-        shutil.rmtree(folder, ignore_errors=True)
-    except Exception:
-        logging.exception("a study failed")
-        end_study(folder, result, "failed", error="Something went wrong on the server; send the study again.")
-
-
-def answer_study(classifier, folder, result, scans):
-    """Classify the scans of a study, writing what is there every half second, until done or cancelled."""
-
-    def answer(numbered):
+    def answer_one(numbered):
         n, scan = numbered
-        finding = classifier.classify_one(scan, classifier.infer_beside)
+        finding = classifier.classify_one(scan)
         keep_scan(folder / str(n), scan, finding)
         return scan_entry(result["id"], n, scan, finding)
 
-    with crew_of_threads() as pool:
-        written = time.monotonic()
-        for entry in pool.imap(answer, enumerate(scans)):
+    cancelled, written = False, time.monotonic()
+    with threaded_map(len(scans)) as each:
+        for entry in each(answer_one, enumerate(scans)):
             result["scans"].append(entry)
             result["progress"] = round(len(result["scans"]) / len(scans), 3)
-            if (folder / "cancel").exists():
+            if cancelled := (folder / "cancel").exists():  # by any server on this folder
                 break
             if time.monotonic() > written + 0.5:
                 write_result(folder, result)
                 written = time.monotonic()
-    if (folder / "cancel").exists():
-        end_study(folder, result, "cancelled")
-    else:
-        study = study_answer(result["scans"], classifier.card)
-        write_result(folder, result | {"status": "done", "progress": 1.0, "study": study})
+    if cancelled:
+        return end_early(folder, result, "cancelled")
+    result |= {"status": "done", "progress": 1.0} | study_answers(result["scans"], classifier.card)
+    write_result(folder, result)
+    return result
 
 
-@contextlib.contextmanager
-def crew_of_threads():
-    """A pool of CREW daemon threads; on leaving, those at work end first and nothing else is begun."""
-    pool = ThreadPool(CREW)
-    try:
-        yield pool
-    finally:
-        pool.terminate()
-        pool.join()
-
-
-def end_study(folder, result, status, **more):
-    """Leave of a study nothing but that it ended, and how."""
+def end_early(folder: pathlib.Path, result: dict, status: str, **more) -> dict:
+    """Keep of an upload only that it was cancelled or failed; returns its result."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
+    result |= {"status": status, "scans": [], **more}
+    write_result(folder, result)
     (folder / "cancel").unlink(missing_ok=True)
-    write_result(folder, result | {"status": status, "scans": [], **more})
+    return result
 
 
-def study_answer(entries, card):
-    """One answer for the slices of a study, by the card's rule; None where there are no such slices."""
-    rule = {"k": 3, **card["thresholds"]} | (card.get("study") or {})
-    ranked = sorted(
-        (n for n, entry in enumerate(entries) if entry["series"] and entry["tumor_probability"] is not None),
-        key=lambda n: -entries[n]["tumor_probability"],
-    )
-    if len(ranked) < 2:
+def study_answers(entries: list[dict], card: dict) -> dict:
+    """`studies`: an answer for each series of each study, the most suspicious first; and `study`.
+
+    `study` is the first of them, or None where there is none or several studies were sent.
+    """
+    series, answers = {}, []
+    for n, entry in enumerate(entries):
+        if entry["series"]:
+            series.setdefault((entry["study"], entry["series"]), []).append(n)
+    for (study, name), places in series.items():
+        if found := study_answer([entries[n] for n in places], card):
+            found["highest"] = [places[n] for n in found["highest"]]
+            answers.append({"study": study, "series": name, "slices": len(places)} | found)
+    answers.sort(key=lambda found: -found["tumor_probability"])
+    single = answers and len({study for study, _ in series}) == 1
+    return {"studies": answers, "study": answers[0] if single else None}
+
+
+def study_answer(entries: list[dict], card: dict) -> dict | None:
+    """One answer for the slices of a series by the card's rule, or None for fewer than two."""
+    rule = {"head": 0.5, "stretch": 0.08, **card["thresholds"]} | (card.get("study") or {})
+    answered = [n for n, entry in enumerate(entries) if entry["tumor_probability"] is not None]
+    if len(answered) < 2:
         return None
-    highest = ranked[: rule["k"]]
-    p = sum(entries[n]["tumor_probability"] for n in highest) / len(highest)
-    verdict, risk = judge(p, rule["low"], rule["high"])
-    return {"verdict": verdict, "risk": risk, "tumor_probability": round(p, 4), "highest": highest,
-            "rejected": sum(entry["tumor_probability"] is None for entry in entries),
-            "measured": bool(card.get("study"))}  # fmt: skip
+    p = np.array([entries[n]["tumor_probability"] for n in answered])
+    corners = np.array([entries[n]["crop"] for n in answered], float)
+    areas = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
+    probability, carrying, counted = series_probability(p, areas, rule["head"], rule["stretch"])
+    verdict, risk = judge(probability, rule["low"], rule["high"])
+    return {
+        "verdict": verdict,
+        "risk": risk,
+        "tumor_probability": round(probability, 4),
+        "highest": [answered[n] for n in carrying],
+        "counted": counted,
+        "rejected": len(entries) - len(answered),
+        "measured": bool(card.get("study")) and len(answered) >= MEASURED_SLICES,
+    }
 
 
-# ------------------------------------------------------------------------- pages and API
+def series_probability(p, areas, head, stretch):
+    """(tumor probability, the slices that carry it, how many counted) of a series in order.
+
+    p (n,): of its slices; areas (n,): of their heads' boxes. Slices whose head is below the share
+    `head` of the largest do not count. The probability is the highest mean over a stretch of
+    consecutive slices, `stretch` of those that count: a tumor spans slices, a lone peak does not.
+    """
+    counted = np.flatnonzero(areas >= head * areas.max())
+    length = max(1, round(stretch * len(counted)))
+    means = np.convolve(p[counted], np.full(length, 1 / length), "valid")
+    within = counted[means.argmax() : means.argmax() + length]
+    carrying = within[np.argsort(-p[within], kind="stable")][:3]
+    return float(means.max()), carrying.tolist(), len(counted)
 
 
-class Queue:
-    """Counts the scans at work or waiting for the network."""
+class Jobs:
+    """What is being answered: scans within requests, counted, and background uploads in a queue."""
 
-    def __init__(self, most):
-        self.most, self.waiting, self.lock = most, 0, threading.Lock()
+    def __init__(self, classifier: Classifier, most_scans: int, most_uploads: int):
+        self.classifier, self.most, self.count = classifier, most_scans, 0
+        self.lock = threading.Lock()
+        self.reading = threading.BoundedSemaphore(os.cpu_count() or 1)  # decoding takes memory
+        self.waiting = queue.Queue(most_uploads)
+        self.unfinished = set()  # folders of background uploads
+        threading.Thread(target=self.work, name="uploads", daemon=True).start()
 
     @contextlib.contextmanager
-    def places(self, scans, sure=False):
-        """Hold places for some scans; aborts with 503 if `most` are taken, unless they are `sure` of one."""
+    def reserve(self, count: int, force: bool = False) -> Iterator[None]:
+        """Hold places for some scans of a request; 503 if none is free, unless by `force`."""
         with self.lock:
-            if self.waiting >= self.most and not sure:
-                seconds = 1 + int(self.waiting * current_app.classifier.seconds)
-                abort(503, "The server is busy with other scans; try again in a few seconds.", retry_after=seconds)
-            self.waiting += scans
+            if self.count >= self.most and not force:
+                seconds = 1 + int(self.count * self.classifier.seconds)
+                sentence = "The server is busy with other scans; try again in a few seconds."
+                abort(503, sentence, retry_after=seconds)
+            self.count += count
         try:
             yield
         finally:
             with self.lock:
-                self.waiting -= scans
+                self.count -= count
+
+    def start(self, folder: pathlib.Path, result: dict, scans: list[Scan]) -> None:
+        """Answer an upload in the background; 503 if too many wait already."""
+        folder.mkdir(parents=True)
+        write_result(folder, result)
+        self.unfinished.add(folder)
+        try:
+            self.waiting.put_nowait((folder, result, scans))
+        except queue.Full:
+            self.unfinished.discard(folder)
+            shutil.rmtree(folder)
+            sentence = "The server is busy with other studies; try again in a minute."
+            abort(503, sentence, retry_after=60)
+
+    def work(self) -> None:
+        """Answer queued uploads for ever."""
+        while True:
+            folder, result, scans = self.waiting.get()
+            try:
+                answer(self.classifier, folder, result, scans)
+            except FileNotFoundError:  # deleted meanwhile
+                shutil.rmtree(folder, ignore_errors=True)
+            except Exception:
+                logging.exception("a study failed")
+                error = "Something went wrong on the server; send the study again."
+                try:
+                    end_early(folder, result, "failed", error=error)
+                except OSError:  # not even its end can be written; the next upload has to run
+                    shutil.rmtree(folder, ignore_errors=True)
+            self.unfinished.discard(folder)
+
+    def touch(self) -> None:
+        """Show every server on this folder that its uploads are alive, the queued ones as well."""
+        for folder in list(self.unfinished):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(folder / "result.json")
 
 
-def create_app(overrides=None):
-    """The Flask app, its model loaded once; raises ModelError if that cannot serve."""
-    app = Flask(__name__)
-    app.json.sort_keys = False  # a result reads from its id to its model
-    configure(app, overrides or {})
-    app.config["MAX_FORM_PARTS"] = app.config["MAX_FILES"] + 100  # receive() has the sentence for more files
-    uploads = pathlib.Path(app.config["UPLOADS"])
-    uploads.mkdir(parents=True, exist_ok=True)
-    sweep(uploads, app.config["RETENTION_HOURS"])
-    keep_sweeping(uploads, app.config["RETENTION_HOURS"])
-    app.classifier = Classifier(app.config["MODEL"], app.config["THREADS"])
-    app.queue = Queue(app.config["MAX_WAITING"])
-    app.reading = threading.BoundedSemaphore(os.cpu_count() or 1)  # large pictures take memory to decode
-    app.studies = Studies(app.classifier, app.config["MAX_STUDIES"])
-    add_addresses(app)
-    app.register_error_handler(HTTPException, show_error)
-    app.register_error_handler(UnreadableScan, show_unreadable)
-    app.register_error_handler(OSError, show_full)
-    app.before_request(refuse_other_sites)
-    app.after_request(add_headers)
-    app.cli.add_command(classify_command)
-    app.cli.add_command(benchmark_command)
-    return app
+def keep_house(uploads: pathlib.Path, hours: float, jobs: Jobs) -> None:
+    """Touch unfinished uploads and sweep old ones, for ever."""
+    pause = min(60, max(1, hours * 360))  # a tenth of the retention
+    swept = time.monotonic()
+    while True:
+        time.sleep(min(HEARTBEAT, pause))
+        with contextlib.suppress(OSError):  # the folder is away for a while: /healthz says so
+            jobs.touch()
+            if time.monotonic() > swept + pause:
+                swept = time.monotonic()
+                sweep(uploads, hours)
 
 
-def add_addresses(app):
-    """Every page and every answer of the API."""
-    app.add_url_rule("/", "index", index)
-    app.add_url_rule("/", "upload_form", upload_form, methods=["POST"])
-    app.add_url_rule("/upload", "upload", upload, methods=["POST"])
-    app.add_url_rule("/results/<upload_id>", "result_page", result_page)
-    app.add_url_rule("/results/<upload_id>/<int:n>", "scan_page", scan_page)
-    app.add_url_rule("/results/<upload_id>.json", "result_json", result_json)
-    app.add_url_rule("/results/<upload_id>.csv", "result_csv", result_csv)
-    app.add_url_rule("/results/<upload_id>/<int:n>/scan.png", "scan_picture", scan_picture)
-    app.add_url_rule("/results/<upload_id>/<int:n>/thumbnail.png", "thumbnail", thumbnail)
-    app.add_url_rule("/results/<upload_id>/<int:n>/heatmap.png", "heatmap", heatmap)
-    app.add_url_rule("/results/<upload_id>/<int:n>/heatmap.dcm", "heatmap_dicom", heatmap_dicom)
-    app.add_url_rule("/results/<upload_id>/cancel", "cancel", cancel, methods=["POST"])
-    app.add_url_rule("/results/<upload_id>/delete", "delete", delete, methods=["POST"])
-    app.add_url_rule("/model", "model_page", model_page)
-    app.add_url_rule("/healthz", "healthz", healthz)
+# ------------------------------------------------------------------------- pages and API
+
+pages = Blueprint("pages", __name__, cli_group=None)
+ENDING = re.compile(r"(\.nii)?\.(jpe?g|png|webp|bmp|tiff?|dcm|ima|nii|gz|zip)$|$", re.I)
 
 
-def uploads_folder():
-    return pathlib.Path(current_app.config["UPLOADS"])
+class TolerantDecoder(formparser.MultipartDecoder):
+    """Reads file names that are not UTF-8 as well; Werkzeug's own drops the upload for them."""
+
+    def _parse_headers(self, data):
+        return super()._parse_headers(bytes(data).decode(errors="replace").encode())
 
 
-def limits():
-    """The limits of reading that the settings give."""
-    config = current_app.config
-    return Limits(config["MAX_PIXELS"], config["MAX_SCANS"], config["MAX_FILES"], config["MAX_UNPACKED"])
+formparser.MultipartDecoder = TolerantDecoder
 
 
-def model_summary():
-    """What a result says of the model that answered."""
-    classifier = current_app.classifier
-    return {"sha256": classifier.sha256, "engine": classifier.engine, "labels": classifier.labels}
+@pages.get("/")
+def index() -> str:
+    """The form."""
+    return render_template("index.html")
 
 
-def receive():
-    """Read, classify and store the files of this request; returns the result.
+@pages.post("/")
+def upload_form() -> Response:
+    """Answer what the form sent, and go on to the page of its result."""
+    return redirect(url_for(".result_page", upload_id=handle_upload()["id"]), 303)
 
-    Aborts as sent(), and with 413 and 503; raises UnreadableScan for a bad file.
+
+@pages.post("/upload")
+def upload() -> tuple[Response, int]:
+    """The same for programs."""
+    result = handle_upload()
+    return jsonify(result), 202 if result["status"] == "running" else 200
+
+
+def handle_upload() -> dict:
+    """Read, classify and store the files of this request; returns the result so far.
+
+    Aborts as submitted_files() and with 503; raises UnreadableScan if nothing can be read.
     """
-    files, plane = sent()
-    waiting, most = current_app.queue, current_app.config["MAX_AT_ONCE"]
-    asked = len(files) if len(files) <= most else 1  # a study has a queue of its own
-    with waiting.places(asked):
+    files, plane = submitted_files()
+    jobs, config = current_app.jobs, current_app.config
+    asked = len(files) if len(files) <= config["MAX_AT_ONCE"] else 1  # a study has its own queue
+    with jobs.reserve(asked):
         named = [(file.filename, file.read()) for file in files]
-        with current_app.reading:
-            scans, skipped = read_upload(named, limits(), plane)
-        if not request.form.get("identifiers"):
-            scans = [replace(scan, identifiers=None) for scan in scans]
-        if len(scans) > most:
-            return begin_study(scans, skipped)
-        with waiting.places(len(scans) - asked, sure=True):  # pages, frames, slices
-            findings = current_app.classifier.classify(scans)
-            card = current_app.classifier.card
-            return save(uploads_folder(), scans, findings, model_summary(), card, skipped=skipped)
+        with jobs.reading:
+            identifiers = bool(request.form.get("identifiers"))
+            scans, skipped = read_upload(named, current_app.limits, plane, identifiers)
+        if not config["KEEP_NAMES"]:
+            scans, skipped = without_names(scans, skipped)
+        result = new_result(current_app.classifier.summary, scans, skipped)
+        folder = current_app.uploads / result["id"]
+        if len(scans) > config["MAX_AT_ONCE"]:
+            jobs.start(folder, result.copy(), scans)
+            return result | {"scans": []}
+        with jobs.reserve(len(scans) - asked, force=True), whole_folder(folder) as partial:
+            return answer(current_app.classifier, partial, result, scans)
 
 
-def sent():
-    """(files, plane or None) of this request; aborts with 400 without a file, with too many, or for another plane."""
+def submitted_files() -> tuple[list, str | None]:
+    """(files, plane) of this request; 400 without a file, with too many, or for another plane."""
     files = [file for file in request.files.getlist("file") if file.filename]
     if not files:
         abort(400, "No file was chosen; choose a scan and send it again.")
@@ -1550,407 +2145,436 @@ def sent():
     return files, plane
 
 
-def begin_study(scans, skipped):
-    """Have the scans classified by and by; returns the result so far."""
-    try:
-        result = current_app.studies.start(uploads_folder(), scans, model_summary(), skipped=skipped)
-    except queue.Full:
-        abort(503, "The server is busy with other studies; try again in a minute.", retry_after=60)
-    return {key: value for key, value in result.items() if key != "worker"}
+def without_names(scans: list[Scan], skipped: list[Skipped]) -> tuple[list[Scan], list[Skipped]]:
+    """The same with the files called "scan 1.jpg", "scan 2.jpg", …, wherever names stay."""
+    new = {}
+    for old in (item.file for item in (*scans, *skipped)):
+        new.setdefault(old, f"scan {len(new) + 1}{ENDING.search(old)[0]}")
+    known = "|".join(re.escape(old) for old in sorted(new, key=len, reverse=True))
+    scans = [replace(scan, file=new[scan.file]) for scan in scans]
+    reasons = (re.sub(rf"(?<!\w)({known})(?!\w)", lambda m: new[m[0]], i.reason) for i in skipped)
+    named = zip(skipped, reasons)
+    return scans, [item._replace(file=new[item.file], reason=reason) for item, reason in named]
 
 
-def index():
-    """GET /: the form."""
-    return render_template("index.html")
+def result_folder(upload_id: str) -> pathlib.Path:
+    """The folder of a result; 404 if there is none, or if it is too old to be served."""
+    folder, hours = current_app.uploads / upload_id, current_app.config["RETENTION_HOURS"]
+    known = ID.fullmatch(upload_id) and (folder / "result.json").is_file()
+    if not known or is_old(folder, hours):
+        abort(404, GONE)
+    return folder
 
 
-def upload_form():
-    """POST /: classify what the form sent and go on to its page."""
-    return redirect(url_for("result_page", upload_id=receive()["id"]), 303)
-
-
-def upload():
-    """POST /upload: the same for programs."""
-    result = receive()
-    return jsonify(result), 202 if result["status"] == "running" else 200
-
-
-def found(upload_id):
-    """The folder of an upload, or 404."""
-    return find_upload(uploads_folder(), upload_id, current_app.config["RETENTION_HOURS"])
-
-
-def load_result(upload_id):
-    """The result of an upload; a study whose worker has died has failed."""
-    result = json.loads((found(upload_id) / "result.json").read_text())
-    if result["status"] == "running" and not is_alive(result["worker"]):
-        result |= {"status": "failed", "error": "The server was stopped while it read; send the study again."}
-    result.pop("worker", None)
+def load_result(upload_id: str) -> dict:
+    """A result, or 404; one that shows no sign of life any more has failed."""
+    path = result_folder(upload_id) / "result.json"
+    result = json.loads(path.read_text())
+    if result["status"] == "running" and is_old(path, SILENCE / 3600):
+        error = "The server stopped while reading this study; send it again."
+        result |= {"status": "failed", "error": error}
     return result
 
 
-def this_process():
-    """The number of this process and when it began: after a restart the number alone may be another's."""
-    return [os.getpid(), psutil.Process().create_time()]
-
-
-def is_alive(process):
-    """Whether a process as this_process() names it still runs."""
-    number, began = process
-    try:
-        return psutil.Process(number).create_time() == began
-    except psutil.Error:
-        return False
-
-
-def result_page(upload_id):
-    """GET /results/<id>: the answer for people; of several scans a table, the most suspicious first."""
+@pages.get("/results/<upload_id>")
+def result_page(upload_id: str) -> str:
+    """The answer for people: one scan, or a table of several, the most suspicious first."""
     result = load_result(upload_id)
     if result["status"] == "done" and len(result["scans"]) == 1:
         return render_scan(result, 0)
-    ranked = sorted(enumerate(result["scans"]), key=lambda entry: -(entry[1]["tumor_probability"] or 0))
-    return render_template("results.html", result=result, ranked=ranked, card=current_app.classifier.card)
+    scans = enumerate(result["scans"])
+    ranked = sorted(scans, key=lambda numbered: -(numbered[1]["tumor_probability"] or 0))
+    card = current_app.classifier.card
+    return render_template("results.html", result=result, ranked=ranked, card=card)
 
 
-def scan_page(upload_id, n):
-    """GET /results/<id>/<n>: the answer for scan n of several."""
+@pages.get("/results/<upload_id>/<int:n>")
+def scan_page(upload_id: str, n: int) -> str:
+    """The answer for scan n of several."""
     result = load_result(upload_id)
     if n >= len(result["scans"]):
         abort(404, "There is no such scan in this result.")
     return render_scan(result, n)
 
 
-def render_scan(result, n):
+def render_scan(result: dict, n: int) -> str:
     """The page of scan n of a result."""
     card, scan = current_app.classifier.card, result["scans"][n]
     p = scan["tumor_probability"]
-    place = None if p is None else on_scale(p, **card["thresholds"])
-    return render_template("result.html", result=result, scan=scan, n=n, place=place, card=card, meaning=meaning(card))
+    place = None if p is None else scale_position(p, **card["thresholds"])
+    known = {"result": result, "scan": scan, "n": n, "card": card, "place": place}
+    return render_template("result.html", **known, example=screening_example(card))
 
 
-def on_scale(p, low, high):
-    """Where a probability lies on a scale of three equal parts that meet at the thresholds, 0 to 1."""
+def scale_position(p: float, low: float, high: float) -> float:
+    """A probability's place, 0 to 1, on a scale of equal thirds that meet at the thresholds."""
     return float(np.interp(p, (0, low, high, 1), (0, 1 / 3, 2 / 3, 1)))
 
 
-def meaning(card, people=1000, ill=10):
-    """What an answer means where few have a tumor, worked out from the card; None if it has no figures."""
-    figure = card.get("figures", {}).get("Tumor against none", {}).get("sensitivity at 95 % specificity")
-    if figure is None:
+def screening_example(card: dict, people: int = 1000, ill: int = 10) -> dict | None:
+    """What an answer means where few have a tumor, from the card's figures; None without them."""
+    try:
+        figures = card["figures"]["Other hospitals"]
+        missed = ill * figures["tumors answered “no tumor”"]["value"]
+        alarmed = (people - ill) * figures["normals answered “tumor”"]["value"]
+    except KeyError:
         return None
-    found, alarmed = ill * figure["value"], 0.05 * (people - ill)
-    return {"people": people, "ill": ill, "found": found, "alarmed": alarmed,
-            "right": found / (found + alarmed), "missed": (ill - found) / (people - found - alarmed)}  # fmt: skip
+    return {"people": people, "ill": ill, "missed": missed, "alarmed": alarmed}
 
 
-def result_json(upload_id):
-    """GET /results/<id>.json"""
+@pages.get("/results/<upload_id>.json")
+def result_json(upload_id: str) -> Response:
+    """The answer for programs."""
     return jsonify(load_result(upload_id))
 
 
-def result_csv(upload_id):
-    """GET /results/<id>.csv"""
+@pages.get("/results/<upload_id>.csv")
+def result_csv(upload_id: str) -> Response:
+    """The answer as a table, one row per scan, then one per file or slice that was skipped."""
+    result, file = load_result(upload_id), io.StringIO()
+    rows = csv_rows(result["scans"], result["skipped"])
+    write_csv(file, csv_columns(result["model"]["labels"]), rows)
     headers = {"Content-Disposition": f"attachment; filename={upload_id}.csv"}
-    return Response(as_csv(load_result(upload_id)), mimetype="text/csv", headers=headers)
+    return Response(file.getvalue(), mimetype="text/csv", headers=headers)
 
 
-def scan_picture(upload_id, n):
-    """GET /results/<id>/<n>/scan.png"""
-    return send_file(found_picture(upload_id, n, "scan.png") / "scan.png")
+@pages.get("/results/<upload_id>/<int:n>/scan.png")
+def scan_picture(upload_id: str, n: int) -> Response:
+    """The scan as it was read."""
+    return send_file(scan_folder(upload_id, n, "scan.png") / "scan.png")
 
 
-def thumbnail(upload_id, n):
-    """GET /results/<id>/<n>/thumbnail.png: the scan, at most 96 pixels a side."""
-    with Image.open(found_picture(upload_id, n, "scan.png") / "scan.png") as picture:
+@pages.get("/results/<upload_id>/<int:n>/thumbnail.png")
+def thumbnail_picture(upload_id: str, n: int) -> Response:
+    """The scan, at most 96 pixels a side."""
+    with Image.open(scan_folder(upload_id, n, "scan.png") / "scan.png") as picture:
         small = picture.convert("L")
         small.thumbnail((96, 96), Image.Resampling.BILINEAR)
         return Response(png_of(small), mimetype="image/png")
 
 
-def heatmap(upload_id, n):
-    """GET /results/<id>/<n>/heatmap.png"""
-    return Response(png_of(heatmap_of(found_picture(upload_id, n, "heat.f32"))), mimetype="image/png")
+@pages.get("/results/<upload_id>/<int:n>/heatmap.png")
+def heatmap_picture(upload_id: str, n: int) -> Response:
+    """The scan with the heat over it."""
+    return Response(png_of(load_heatmap(upload_id, n)), mimetype="image/png")
 
 
-def heatmap_dicom(upload_id, n):
-    """GET /results/<id>/<n>/heatmap.dcm: the heatmap as a DICOM Secondary Capture."""
-    folder = found_picture(upload_id, n, "heat.f32")
-    kept = folder / "identifiers.json"
+@pages.get("/results/<upload_id>/<int:n>/heatmap.dcm")
+def heatmap_dicom(upload_id: str, n: int) -> Response:
+    """The heatmap as a DICOM Secondary Capture."""
+    kept = scan_folder(upload_id, n, "heat.f32") / "identifiers.json"
     identifiers = json.loads(kept.read_text()) if kept.exists() else {}
+    data = secondary_capture(load_heatmap(upload_id, n), identifiers, n)
     headers = {"Content-Disposition": f"attachment; filename=heatmap_{n}.dcm"}
-    data = secondary_capture(heatmap_of(folder), identifiers, n)
     return Response(data, mimetype="application/dicom", headers=headers)
 
 
-def found_picture(upload_id, n, name):
-    """The folder of scan n of an upload if it holds a file `name`, or 404."""
-    folder = found(upload_id) / str(n)
+def load_heatmap(upload_id: str, n: int) -> Image.Image:
+    """The heatmap of scan n of a result, or 404."""
+    folder, scans = scan_folder(upload_id, n, "heat.f32"), load_result(upload_id)["scans"]
+    if n >= len(scans):
+        abort(404, "There is no such picture in this result.")
+    return heatmap_of(folder, scans[n]["crop"])
+
+
+def scan_folder(upload_id: str, n: int, name: str) -> pathlib.Path:
+    """The folder of scan n of a result if it holds a file `name`, or 404."""
+    folder = result_folder(upload_id) / str(n)
     if not (folder / name).is_file():
         abort(404, "There is no such picture in this result.")
     return folder
 
 
-def cancel(upload_id):
-    """POST /results/<id>/cancel: stop a study that is being read; nothing of it is kept."""
+@pages.post("/results/<upload_id>/cancel")
+def cancel(upload_id: str) -> Response:
+    """Stop an upload that is being answered, by whichever server; nothing of it is kept."""
     if load_result(upload_id)["status"] == "running":
-        (found(upload_id) / "cancel").touch()
-    return redirect(url_for("result_page", upload_id=upload_id), 303)
+        (result_folder(upload_id) / "cancel").touch()
+    return redirect(url_for(".result_page", upload_id=upload_id), 303)
 
 
-def delete(upload_id):
-    """POST /results/<id>/delete: remove the upload at once, also while it is being read."""
-    gone = found(upload_id).rename(uploads_folder() / f".{upload_id}")
+@pages.post("/results/<upload_id>/delete")
+def delete(upload_id: str) -> Response:
+    """Remove an upload at once, also while it is being answered."""
+    gone = result_folder(upload_id).rename(current_app.uploads / f".{upload_id}")
     shutil.rmtree(gone)
-    return redirect(url_for("index"), 303)
+    return redirect(url_for(".index"), 303)
 
 
-def model_page():
-    """GET /model: what the model was trained on and how well it did."""
+@pages.get("/model")
+def model_page() -> str:
+    """What the model was trained on and how well it did."""
     card = current_app.classifier.card
-    return render_template("model.html", card=card, model=model_summary(), mistakes=mistakes(card))
+    shown = {"mistakes": mistakes(card), "groups": figure_groups(card["figures"])}
+    return render_template("model.html", card=card, model=current_app.classifier.summary, **shown)
 
 
-def mistakes(card, most=3):
-    """The commonest mistakes on the test part: (truth, answer, scans, share of the truth's scans)."""
+def figure_groups(figures: dict) -> list[tuple[str, dict, dict, list]]:
+    """A card's figures as (title, own figures, {part: its figures}, columns of the parts).
+
+    "Other hospitals, utsw_glioma" is a part of "Other hospitals"; so is each family left out.
+    """
+    groups = {}
+    for title, table in figures.items():
+        group, _, part = title.partition(", ")
+        if group in groups:
+            groups[group][1][part] = table
+        elif title.startswith("One family left out"):
+            groups[title] = {}, by_part(table)
+        else:
+            groups[title] = table, {}
+    return [(title, own, parts, columns_of(own, parts)) for title, (own, parts) in groups.items()]
+
+
+def by_part(table: dict) -> dict[str, dict]:
+    """{"utsw_glioma, AUROC": 0.9} as {"utsw_glioma": {"AUROC": 0.9}}."""
+    parts = {}
+    for name, figure in table.items():
+        part, _, measure = name.rpartition(", ")
+        parts.setdefault(part, {})[measure] = figure
+    return parts
+
+
+def columns_of(own: dict, parts: dict) -> list[str]:
+    """The names of the parts' figures, in the order of their whole."""
+    names = dict.fromkeys(chain(own, *parts.values()))
+    return [name for name in names if any(name in part for part in parts.values())]
+
+
+def mistakes(card: dict, most: int = 3) -> list[tuple[str, str, int, float]]:
+    """The commonest mistakes on the test part: (truth, answer, scans, share of the truth's)."""
     counted = [
-        (truth, answer, count, count / sum(row))
-        for truth, row in card.get("confusion", {}).items()
-        for answer, count in zip(card["labels"], row)
-        if count and answer != truth
+        (truth, label, count, count / sum(row))
+        for truth, row in card["confusion"].items()
+        for label, count in zip(card["labels"], row)
+        if count and label != truth
     ]
     return sorted(counted, key=lambda mistake: -mistake[3])[:most]
 
 
-def healthz():
-    """GET /healthz: 200 once an upload can be answered and kept, else 503."""
-    if not os.access(uploads_folder(), os.W_OK):
+@pages.get("/healthz")
+def healthz() -> Response:
+    """200 once an upload can be answered and kept, else 503."""
+    if not os.access(current_app.uploads, os.W_OK):
         abort(503, "The uploads folder cannot be written.")
     return jsonify(status="ok", model=current_app.classifier.sha256)
 
 
-def wants_json():
-    return request.path in ("/upload", "/healthz") or request.path.endswith(".json")
-
-
-def answer_error(status, sentence, headers=()):
-    """One sentence with its status: JSON for programs, the form again or a page for people."""
-    if wants_json():
+def error_response(status: int, sentence: str, headers: Iterable = ()) -> Response:
+    """One sentence: JSON for programs, the form again or a page for people."""
+    if request.path in ("/upload", "/healthz") or request.path.endswith(".json"):
         response = jsonify(error=sentence)
-    elif request.path == "/":
-        response = current_app.make_response(render_template("index.html", error=sentence))
     else:
-        response = current_app.make_response(render_template("error.html", error=sentence, status=status))
+        template = "index.html" if request.path == "/" else "error.html"
+        page = render_template(template, error=sentence, status=status)
+        response = current_app.make_response(page)
     response.status_code = status
     response.headers.extend(headers)
     return response
 
 
-def show_error(error):
-    """Any HTTP error, the unforeseen ones included, in this app's clothes."""
+@pages.app_errorhandler(HTTPException)
+def show_error(error: HTTPException) -> Response:
+    """Any HTTP error, the unforeseen ones included, rendered by this app."""
     headers = [header for header in error.get_headers() if header[0] in ("Allow", "Retry-After")]
     sentence = error.description
     if isinstance(error, RequestEntityTooLarge):
         most = current_app.config["MAX_CONTENT_LENGTH"] // 2**20
-        sentence = f"The upload is larger than the {most} MB allowed; send fewer or smaller files."
+        advice = "zip the folder, or send fewer or smaller files"
+        sentence = f"The upload is larger than the {most} MB allowed; {advice}."
     if isinstance(error, InternalServerError):
         sentence = "Something went wrong on the server; the log has it."
-    return answer_error(error.code, sentence, headers)
+    return error_response(error.code, sentence, headers)
 
 
-def show_unreadable(error):
-    """A file that gives no scan."""
-    return answer_error(error.status, str(error))
+@pages.app_errorhandler(UnreadableScan)
+def show_unreadable(error: UnreadableScan) -> Response:
+    """A file no scan can be read from."""
+    return error_response(error.status, str(error))
 
 
-def show_full(error):
-    """The disk is full, read-only or away; or what was asked for has been removed since it was found."""
+@pages.app_errorhandler(OSError)
+def show_storage_error(error: OSError) -> Response:
+    """The disk is full, read-only or away; or a result was removed after it was found."""
     if isinstance(error, FileNotFoundError) and "upload_id" in (request.view_args or {}):
-        return answer_error(404, GONE)
+        return error_response(404, GONE)
     current_app.logger.error("a result could not be kept: %s", error.strerror)
-    return answer_error(503, "The server cannot keep results at the moment; try again later.", [("Retry-After", "60")])
+    sentence = "The server cannot keep results at the moment; try again later."
+    return error_response(503, sentence, [("Retry-After", "60")])
 
 
-def add_headers(response):
-    """Nothing from other hosts, nothing guessed, no patient's picture in a cache; CORS as set."""
+@pages.after_app_request
+def add_headers(response: Response) -> Response:
+    """Security headers: own resources only, no sniffing, no caching; CORS as set."""
     response.headers["Content-Security-Policy"] = (
         "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
         "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     )
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["X-Frame-Options"] = "DENY"
-    response.headers["Referrer-Policy"] = "same-origin"  # with none, the app's own forms would have no origin
+    response.headers["Referrer-Policy"] = "same-origin"  # "none" would hide the origin of our forms
     response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
     if request.endpoint != "static":
         response.headers["Cache-Control"] = "no-store"
     if request.path == "/upload":
         response.headers["Vary"] = "Origin"
-        if request.origin in allowed_origins():
+        if request.origin in current_app.origins:
             response.headers["Access-Control-Allow-Origin"] = request.origin
             response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"
     return response
 
 
-def allowed_origins():
-    """The origins that may call /upload from a page of theirs."""
-    return {origin.strip() for origin in current_app.config["CORS_ORIGINS"].split(",")} - {""}
-
-
-def refuse_other_sites():
-    """403 for what a page of another site makes a visitor's browser send, by Fetch Metadata, else by the origin."""
-    allowed = request.path == "/upload" and request.origin in allowed_origins()
+@pages.before_app_request
+def refuse_other_sites() -> None:
+    """403 for what another site's page makes a browser send, by Fetch Metadata or the origin."""
+    allowed = request.path == "/upload" and request.origin in current_app.origins
     if allowed or request.method in ("GET", "HEAD", "OPTIONS"):
         return
     site = request.headers.get("Sec-Fetch-Site")
     same_host = request.origin is None or request.origin.partition("://")[2] == request.host
     if site not in (None, "same-origin", "none") or site is None and not same_host:
-        abort(403, "The request came from a page of another site; open the form here and send it again.")
+        sentence = "The request came from a page of another site; open the form here and try again."
+        abort(403, sentence)
 
 
-# ------------------------------------------------------------------------------ commands
+# ------------------------------------------------------------------------------- command
+
+FILES_PER_TASK = 8
+TASKS_PER_WORKER = 3  # sent ahead, so that none waits for the next; more would only take memory
 
 
-@click.command("classify")
+@pages.cli.command("classify")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(True, path_type=pathlib.Path))
-@click.option("--out", type=click.Path(dir_okay=False, path_type=pathlib.Path), help="A .csv or .parquet to fill.")
-@click.option("--scheduler", help="tcp://host:port of a Dask cluster; one on this machine's cores without.")
-@with_appcontext
-def classify_command(paths, out, scheduler):
+@click.option("--out", type=click.Path(path_type=pathlib.Path), help="A .csv or .parquet to fill.")
+@click.option("--scheduler", help="tcp://host:port of a Dask cluster; else this machine's cores.")
+def classify_command(paths: tuple, out: pathlib.Path | None, scheduler: str | None) -> None:
     """Classify the scans in PATHS: files, folders, ZIPs, of every format that the app reads.
 
-    Prints CSV, or fills OUT, a row a slice, and goes on where it was interrupted; beside it stands
-    a .studies.csv with a row a study. Nothing else is kept.
+    Prints CSV, or fills OUT, one row per slice, and resumes after an interruption; also writes
+    OUT.studies.csv, one row per series of a study. Nothing else is kept.
     """
-    config, files = current_app.config, [file for path in paths for file in files_under(path)]
-    labels, card = current_app.classifier.labels, current_app.classifier.card
+    files = [file for path in paths for file in files_under(path)]
+    classifier, limits = current_app.classifier, current_app.limits
+    columns = ["path", "slices", *csv_columns(classifier.labels), "error"]
     if out is None:
-        table = csv.DictWriter(sys.stdout, columns_of(labels))
-        table.writeheader()
-        for file in files:
-            table.writerows(rows_for([file], current_app.classifier, limits()))
+        rows = (rows_of_files([file], classifier, limits) for file in files)
+        write_csv(sys.stdout, columns, chain.from_iterable(rows))
         return
     if out.suffix not in (".csv", ".parquet"):
         raise click.BadParameter(f"{out} has to end in .csv or .parquet.")
     journal = out.with_suffix(".journal.csv") if out.suffix == ".parquet" else out
     with cluster(scheduler) as client:
-        fill(journal, files, columns_of(labels), client, config["MODEL"], limits())
-    write_studies(journal, out.with_suffix(".studies.csv"), card)
+        fill(journal, files, columns, client, current_app.config["MODEL"], limits)
+    write_studies(journal, out.with_suffix(".studies.csv"), classifier.card)
     if out.suffix == ".parquet":
-        turn_to_parquet(journal, out)
+        from pyarrow import csv as arrow_csv
+        from pyarrow import parquet
+
+        parquet.write_table(arrow_csv.read_csv(journal), out)
+        journal.unlink()
 
 
-def turn_to_parquet(journal, out):
-    """Write the rows of `journal` as Parquet in its stead."""
-    from pyarrow import csv as arrow_csv
-    from pyarrow import parquet
-
-    parquet.write_table(arrow_csv.read_csv(journal), out)
-    journal.unlink()
-
-
-def files_under(path):
-    """The files of a folder and the folders in it, hidden ones left out, in order; a file itself."""
+def files_under(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files in a folder and its folders, hidden ones left out, in order; a file itself."""
     if path.is_file():
         return [path]
-    return sorted(p for p in path.rglob("*") if p.is_file() and not is_litter(p.relative_to(path).as_posix()))
+    inside = (file for file in path.rglob("*") if file.is_file())
+    return sorted(file for file in inside if not is_litter(file.relative_to(path).as_posix()))
 
 
-def columns_of(labels):
-    """The columns of a row: where the slice came from, the answer, or why there is none."""
-    return ["path", "slices", "study", "series", "slice", "plane", "verdict", "label", "risk", "tumor_probability",
-            *labels, "reason", "warnings", "error"]  # fmt: skip
+def printable(path: pathlib.Path) -> str:
+    """A path as text that can be written, also where its name is not UTF-8."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
-@cache
-def worker_classifier(model):
-    """The classifier of this process, loaded once; on one thread, since there is a process a core."""
-    return Classifier(model, threads=1)
+worker_classifier = cache(Classifier)  # once per process, on one thread: there is one per core
 
 
-def answer_files(paths, model, limits):
+def answer_files(paths: list[pathlib.Path], model: str, limits: Limits) -> list[dict]:
     """The rows of some files, in a worker of a cluster."""
-    return rows_for(paths, worker_classifier(model), limits)
+    return rows_of_files(paths, worker_classifier(model), limits)
 
 
-def rows_for(paths, classifier, limits):
-    """The rows of some files; a thread reads the next files while the network sees the last."""
+def rows_of_files(paths: list[pathlib.Path], classifier: Classifier, limits: Limits) -> list[dict]:
+    """The rows of some files; a thread reads the next file while the network sees the last."""
+
+    def read(path):
+        return read_upload([(path.name, path.read_bytes())], limits)
+
     with ThreadPoolExecutor(1) as reader:
-        readings = [(path, reader.submit(lambda p: read_scans(p.read_bytes(), p.name, limits), path)) for path in paths]
-        return [row for path, reading in readings for row in rows_of(path, reading, classifier)]
+        readings = [(path, reader.submit(read, path)) for path in paths]
+        rows = [rows_of_file(path, reading, classifier) for path, reading in readings]
+    return list(chain.from_iterable(rows))
 
 
-def rows_of(path, reading, classifier):
-    """A row for each slice of a file, or one that says why there is none: no file ends the work."""
+def rows_of_file(path: pathlib.Path, reading: Future, classifier: Classifier) -> list[dict]:
+    """A row per slice of a file, or one that says why there is none: no file ends the work."""
+    name = printable(path)
     try:
-        return rows_of_scans(path, reading.result(), classifier)
+        scans, skipped = reading.result()
+        answers = zip(scans, map(classifier.classify_one, scans))
+        entries = [scan_entry("", 0, *each) | names_of(each[0], name) for each in answers]
+        rows = list(csv_rows(entries, [item._asdict() for item in skipped]))
     except (UnreadableScan, OSError) as error:
-        sentence = str(error)
+        rows = [{"error": str(error)}]
     except Exception as error:
-        sentence = f"{path.name} cannot be classified ({type(error).__name__}); please report it."
-    return [{"path": path.as_posix(), "slices": 1, "error": sentence}]
+        kind = type(error).__name__
+        rows = [{"error": f"{plain_name(name)} cannot be classified ({kind}); please report it."}]
+    return [row | {"path": name, "slices": len(rows)} for row in rows]
 
 
-def rows_of_scans(path, scans, classifier):
-    """A row for each scan of a file."""
-    rows = []
-    for n, scan in enumerate(scans):
-        entry = scan_entry("", n, scan, classifier.classify([scan])[0])
-        rows.append(
-            {"path": path.as_posix(), "slices": len(scans), "study": study_of(scan, path)}
-            | {key: entry[key] for key in ("series", "slice", "plane", "verdict", "label", "risk", "tumor_probability")}
-            | (entry["probabilities"] or {})
-            | {"reason": entry["reason"], "warnings": " ".join(entry["warnings"])}
-        )
-    return rows
-
-
-def study_of(scan, path):
-    """A name for the study of a scan that is no name: a hash for DICOM, the path for a volume, else nothing."""
-    if scan.identifiers and scan.identifiers["StudyInstanceUID"]:
-        return hashlib.sha256(scan.identifiers["StudyInstanceUID"].encode()).hexdigest()[:16]
-    return path.as_posix() if scan.series else ""
+def names_of(scan: Scan, path: str) -> dict:
+    """`study` and `series` of a scan, the same in every file: hashes, or the path of a volume."""
+    if scan.study_key:
+        return {"study": scan.study_key[:16], "series": scan.series_key[:16]}
+    return {"study": path if scan.series else "", "series": scan.series}
 
 
 @contextlib.contextmanager
-def cluster(scheduler, workers=None):
-    """A Dask client of the scheduler at an address, or of a cluster of its own, with a process a core or so many."""
-    import dask
-    from distributed import Client, LocalCluster
+def cluster(scheduler: str | None, workers: int | None = None) -> Iterator:
+    """A Dask client of a scheduler, or of a cluster of its own, by default one process per core."""
+    try:
+        import dask
+        from distributed import Client, LocalCluster
+    except ImportError:
+        raise click.ClickException("--out needs Dask: pip install -r requirements.txt") from None
 
     with contextlib.ExitStack() as stack:
         if scheduler is None:
-            # Dask's profiler would look at every worker a hundred times a second, for a dashboard that is off.
-            stack.enter_context(dask.config.set({"distributed.worker.profile.enabled": False}))
+            # Dask's profiler would look at every worker a hundred times a second.
+            profiler = {"distributed.worker.profile.enabled": False}
+            stack.enter_context(dask.config.set(profiler))
             processes = {"n_workers": workers or os.cpu_count(), "threads_per_worker": 1}
-            own = LocalCluster(**processes, dashboard_address=None, silence_logs=logging.ERROR)
-            scheduler = stack.enter_context(own)
+            calm = {"dashboard_address": None, "silence_logs": logging.ERROR}
+            scheduler = stack.enter_context(LocalCluster(**processes, **calm))
         yield stack.enter_context(Client(scheduler))
 
 
-FILES_A_TASK = 8
-TASKS_A_WORKER = 3  # sent ahead, so that none waits for the next; more would only take memory
-
-
-def fill(journal, files, columns, client, model, limits):
-    """Append the rows of the files that `journal` has not yet, whole files at a time, in any order."""
+def fill(
+    journal: pathlib.Path, files: list, columns: list[str], client, model: str, limits: Limits
+) -> None:
+    """Append the rows of files that `journal` does not have yet, whole files at a time."""
     done = finished(journal, columns)
-    files = [file for file in files if file.as_posix() not in done]
-    with open(journal, "a", newline="") as file, tqdm(total=len(files), unit="file", mininterval=1) as bar:
-        table = csv.DictWriter(file, columns)
+    files = [file for file in files if unformulated(printable(file)) not in done]
+    with (
+        open(journal, "a", encoding="utf-8", newline="") as file,
+        tqdm(total=len(files), unit="file", mininterval=1) as bar,
+    ):
         for chunk, rows in answered(files, client, model, limits):
-            table.writerows(rows)
+            write_csv(file, columns, rows, header=False)
             file.flush()
             bar.update(len(chunk))
 
 
-def answered(files, client, model, limits):
+def answered(files: list, client, model: str, limits: Limits) -> Iterator[tuple]:
     """Yield (files, their rows) as a cluster has them ready, a few files at a time.
 
-    Dask does the files of a worker that was killed again elsewhere. A task that kills every worker
-    is taken apart, until a single file is left to say so.
+    Dask repeats the files of a worker that was killed on another one. A task that kills every
+    worker is taken apart, until a single file is left to say so.
     """
     from distributed import as_completed
 
-    chunks = iter([files[n : n + FILES_A_TASK] for n in range(0, len(files), FILES_A_TASK)])
+    chunks = (files[n : n + FILES_PER_TASK] for n in range(0, len(files), FILES_PER_TASK))
     of_future = {}
 
     def submit(chunk):
@@ -1958,7 +2582,7 @@ def answered(files, client, model, limits):
         of_future[future] = chunk
         return future
 
-    ahead = TASKS_A_WORKER * max(1, len(client.scheduler_info()["workers"]))
+    ahead = TASKS_PER_WORKER * max(1, len(client.scheduler_info()["workers"]))
     running = as_completed([submit(chunk) for chunk in islice(chunks, ahead)])
     for future in running:
         chunk = of_future.pop(future)
@@ -1970,198 +2594,84 @@ def answered(files, client, model, limits):
             running.update([submit(chunk) for chunk in islice(chunks, 1)])
 
 
-def rows_of_task(future, chunk):
-    """The rows of a task's files; None if it killed its workers and its files are to be tried one by one."""
+def rows_of_task(future, chunk: list[pathlib.Path]) -> list[dict] | None:
+    """The rows of a task's files; None if it killed its workers and each is to be tried alone."""
     from distributed import KilledWorker
 
     if future.status == "finished":
         return future.result()
-    if not isinstance(future.exception(), KilledWorker):
+    error = future.exception()
+    if not isinstance(error, KilledWorker):
         raise click.ClickException(
-            f"The cluster cannot do the work ({type(future.exception()).__name__}); its scheduler and workers "
-            "have to run this version, with the repository on PYTHONPATH.")  # fmt: skip
+            f"The cluster cannot do the work ({type(error).__name__}); its scheduler and workers "
+            "have to run this version, with the repository on PYTHONPATH."
+        )
     if len(chunk) > 1:
         return None
-    return [{"path": chunk[0].as_posix(), "slices": 1, "error": f"{chunk[0].name} stops what reads it."}]
+    name = printable(chunk[0])
+    sentence = f"{plain_name(name)} crashes the worker that reads it."
+    return [{"path": name, "slices": 1, "error": sentence}]
 
 
-def finished(journal, columns):
-    """The paths of which `journal` has every row; rows of others, and half a row at the end, are taken out of it."""
-    if not journal.exists():
-        with open(journal, "w", newline="") as file:
-            csv.DictWriter(file, columns).writeheader()
-        return set()
-    with open(journal, newline="") as file:
-        table = csv.DictReader(file)
-        ours = table.fieldnames in (None, columns)
-        rows = [row for row in table if row["error"] is not None] if ours else []  # the last column: else cut off
-    if not ours:
-        raise click.ClickException(f"{journal} has other columns; move it away, or name another file.")
+def finished(journal: pathlib.Path, columns: list[str]) -> set[str]:
+    """The paths whose rows `journal` has in full; all other rows are taken out of it."""
+    rows = []
+    if journal.exists():
+        with open(journal, encoding="utf-8", newline="") as file:
+            table = csv.DictReader(file)
+            if table.fieldnames not in (None, columns):
+                raise click.ClickException(
+                    f"{journal} has other columns; move it away, or name another file."
+                )
+            rows = [row for row in table if row["error"] is not None]  # the last column
     count = Counter(row["path"] for row in rows)
-    whole = [row for row in rows if count[row["path"]] == int(row["slices"])]
+    whole_files = [row for row in rows if count[row["path"]] == int(row["slices"])]
     partial = journal.with_suffix(".partial")
-    with open(partial, "w", newline="") as file:
-        table = csv.DictWriter(file, columns)
-        table.writeheader()
-        table.writerows(whole)
+    with open(partial, "w", encoding="utf-8", newline="") as file:
+        write_csv(file, columns, whole_files)
     partial.replace(journal)
-    return {row["path"] for row in whole}
+    return {row["path"] for row in whole_files}
 
 
-def write_studies(journal, path, card):
-    """A row for each study of the rows in `journal`, by the card's rule."""
-    studies = {}
-    with open(journal, newline="") as file:
+def write_studies(journal: pathlib.Path, path: pathlib.Path, card: dict) -> None:
+    """A row for each series of each study in `journal`, by the card's rule."""
+    columns = ["study", "series", "slices", "rejected", "verdict", "risk", "tumor_probability"]
+    series = {}
+    with open(journal, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if row["study"]:
-                p = float(row["tumor_probability"]) if row["tumor_probability"] else None
-                studies.setdefault(row["study"], []).append({"series": row["series"], "tumor_probability": p})
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["study", "slices", "rejected", "verdict", "risk", "tumor_probability"])
-        for study, entries in studies.items():
-            answer = study_answer(entries, card) or {}
-            rejected = sum(entry["tumor_probability"] is None for entry in entries)
-            table.writerow([study, len(entries), rejected, *map(answer.get, ("verdict", "risk", "tumor_probability"))])
+                p = row["tumor_probability"]
+                entry = {"tumor_probability": float(p) if p else None}
+                entry["crop"] = [float(n) for n in row["crop"].split()]
+                series.setdefault((row["study"], row["series"]), []).append(entry)
+    rows = []
+    for (study, name), entries in series.items():
+        rejected = sum(entry["tumor_probability"] is None for entry in entries)
+        row = {"study": study, "series": name, "slices": len(entries), "rejected": rejected}
+        rows.append(row | (study_answer(entries, card) or {}))
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        write_csv(file, columns, rows)
 
 
-@click.command("benchmark")
-@click.argument("path", metavar="[SCAN]", required=False, type=click.Path(True, dir_okay=False, path_type=pathlib.Path))
-@click.option("--rounds", default=50, show_default=True, help="Times that each part is timed.")
-@click.option("--scans", default=1000, show_default=True, help="Sent one by one, to see whether memory grows.")
-@with_appcontext
-def benchmark_command(path, rounds, scans):
-    """Time this machine with SCAN, or with a drawn one of 512 x 512 pixels.
-
-    Starts a server of its own, on loopback, with this app's model and settings.
-    """
-    data, classifier = path.read_bytes() if path else drawn_head(), current_app.classifier
-    click.echo(f"{classifier.engine}, {current_app.config['THREADS']} threads, model {classifier.sha256[:12]}")
-    with tempfile.TemporaryDirectory() as folder:
-        parts = parts_of_an_upload(classifier, data, pathlib.Path(folder))
-        with own_server(folder) as (process, address):
-            send = sender(address, data)
-            click.echo(f"start to first answer {wait_for(send):20.2f} s")
-            times = timed({"one upload, end to end": send} | parts, rounds)
-            floor = np.median(times["bare interpreter"])
-            for name, seconds in times.items():
-                p50, p95 = np.quantile(seconds, (0.5, 0.95))
-                ratio = f"   {p50 / floor:.2f} x the bare interpreter" if name.startswith("one") else ""
-                click.echo(f"{name:24} p50 {1000 * p50:6.1f}   p95 {1000 * p95:6.1f} ms{ratio}")
-            batch = read_scans(data, "scan")[:1] * 64
-            seconds = timed({"batch": lambda: classifier.classify(list(map(replace, batch)))}, min(rounds, 3))["batch"]
-            click.echo(f"64 scans at once {64 / np.median(seconds):25.1f} scans a second")
-            memory = psutil.Process(process.pid).memory_info
-            before = memory().rss / 2**20
-            for _ in range(scans):
-                send()
-            click.echo(f"memory, after {scans} more {before:12.1f}, {memory().rss / 2**20:.1f} MiB")
-            if many := min(150, scans):
-                seconds = timed({"study": study(address, data, many)}, min(rounds, 3))["study"]
-                click.echo(f"a study of {many:3}, as a ZIP {many / np.median(seconds):17.1f} scans a second")
+# ----------------------------------------------------------------------------------- app
 
 
-def drawn_head(side=512):
-    """A JPEG of an oval with soft spots: no scan, but as much work as one."""
-    spots = np.random.default_rng(1).integers(20, 200, (9, 9), dtype=np.uint8)
-    head, oval = Image.new("L", (side, side)), Image.new("L", (side, side))
-    ImageDraw.Draw(oval).ellipse((side // 6, side // 10, side - side // 6, side - side // 10), fill=255)
-    head.paste(Image.fromarray(spots).resize((side, side), Image.Resampling.BICUBIC), mask=oval)
-    file = io.BytesIO()
-    head.save(file, "JPEG", quality=90)
-    return file.getvalue()
-
-
-def parts_of_an_upload(classifier, data, folder):
-    """{name: function} of the parts of an upload, in order, the heatmap's drawing and the bare network."""
-    (scan, *_) = read_scans(data, "scan")
-    prepared = prepare(scan.pixels)[None]
-    outputs = classifier.infer(prepared)
-    heat = outputs["heat"][0] if "heat" in outputs else None
-    finding = classifier.finding(None, outputs["probabilities"][0], heat)  # whether or not it is rejected
-    kept = folder / save(folder, [scan], [finding], {}, classifier.card)["id"] / "0"
-    drawn = {} if heat is None else {"heatmap, when asked for": lambda: png_of(heatmap_of(kept))}
-    return {
-        "  decode": lambda: read_scans(data, "scan"),
-        "  prepare": lambda: prepare(scan.pixels),
-        "  checks": lambda: replace(scan).checks,  # a new scan, of which nothing is known yet
-        "  network and verdict": lambda: classifier.classify([replace(scan)]),
-        "  store": lambda: save(folder, [scan], [finding], {}, classifier.card),
-        **drawn,
-        "bare interpreter": lambda: classifier.infer(prepared),
-    }
-
-
-@contextlib.contextmanager
-def own_server(folder, source=__file__):
-    """`flask run` of an app as a process, results in `folder`, and its address; ended on leaving."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {f"FLASK_{name}": str(current_app.config[name]) for name in DEFAULTS} | {"FLASK_UPLOADS": folder}
-    command = [sys.executable, "-m", "flask", "--app", str(source), "run", "--port", str(port)]
-    process = subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield process, f"http://127.0.0.1:{port}/upload"
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def sender(address, data):
-    """A function that sends a scan to `address` and waits for the answer."""
-    boundary, body = encode_multipart({"file": FileStorage(io.BytesIO(data), "scan")})
-    kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-    return lambda: urllib.request.urlopen(urllib.request.Request(address, body, kind)).read()
-
-
-def study(address, data, count):
-    """A function that sends a ZIP of so many copies of a scan to `address` and waits for the end of their study."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for n in range(count):
-            archive.writestr(f"{n}", data)
-    send = sender(address, file.getvalue())
-
-    def run():
-        try:
-            result = json.loads(send())
-        except urllib.error.HTTPError as error:
-            raise answered_with(error) from None
-        while result["status"] == "running":
-            time.sleep(0.5 if result["progress"] < 0.9 else 0.05)  # each question takes time from the answers
-            result = json.load(urllib.request.urlopen(f"{address.removesuffix('upload')}results/{result['id']}.json"))
-        if result["status"] != "done":
-            raise click.ClickException(f"The study ended as {result['status']}.")
-
-    return run
-
-
-def answered_with(error):
-    return click.ClickException(f"The server answered {error.code} {error.reason}.")
-
-
-def wait_for(send, patience=60):
-    """Seconds until send() was answered; raises ClickException after `patience` seconds."""
-    start = time.monotonic()
-    while time.monotonic() < start + patience:
-        try:
-            send()
-            return time.monotonic() - start
-        except urllib.error.HTTPError as error:
-            raise answered_with(error) from None
-        except urllib.error.URLError:  # it does not listen yet
-            time.sleep(0.01)
-    raise click.ClickException(f"The server gave no answer within {patience} seconds; does `flask run` start?")
-
-
-def timed(functions, rounds):
-    """{name: seconds (rounds,)} of functions that are called in turn, so that all meet the same machine."""
-    seconds = {name: [] for name in functions}
-    for n in range(rounds + 1):  # the first round does not count
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if n:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def create_app(overrides: dict | None = None) -> Flask:
+    """The Flask app, its model loaded once; raises ModelError if that cannot serve."""
+    app = Flask(__name__)
+    app.json.sort_keys = False  # a result reads from its id to its model
+    configure(app, overrides or {})
+    config = app.config
+    keys = ("MAX_PIXELS", "MAX_SCANS", "MAX_FILES", "MAX_UNPACKED")
+    app.limits = Limits(*(config[key] for key in keys))
+    app.origins = {origin.strip() for origin in config["CORS_ORIGINS"].split(",")} - {""}
+    config["MAX_FORM_PARTS"] = config["MAX_FILES"] + 100  # submitted_files() has the sentence
+    app.uploads, hours = pathlib.Path(config["UPLOADS"]), config["RETENTION_HOURS"]
+    app.uploads.mkdir(parents=True, exist_ok=True)
+    sweep(app.uploads, hours)
+    app.classifier = Classifier(config["MODEL"], config["THREADS"])
+    app.jobs = Jobs(app.classifier, config["MAX_WAITING"], config["MAX_STUDIES"])
+    housekeeping = {"target": keep_house, "args": (app.uploads, hours, app.jobs)}
+    threading.Thread(**housekeeping, name="house", daemon=True).start()
+    app.register_blueprint(pages)
+    return app

@@ -1,10 +1,14 @@
-// Better with script, whole without: shows what was chosen, says early what the server would say,
+// Works without JavaScript; with it: shows what was chosen, says early what the server would say,
 // shows the upload's progress, and blends the heat over the scan.
 const form = document.getElementById("form");
 if (form) {
-  const input = form.querySelector("input[type=file]");
+  const inputs = [...form.querySelectorAll("input[type=file]")];
+  const [input] = inputs;
   const button = form.querySelector("button");
   const [error, previews, working, progress] = ["error", "previews", "working", "progress"].map((id) => document.getElementById(id));
+
+  const chosen = () => inputs.flatMap((each) => [...each.files]);
+  const megabytes = (bytes) => Math.ceil(bytes / 2 ** 20);
 
   const complaint = (files) => {
     const { mostBytes, mostFiles } = input.dataset;
@@ -13,7 +17,7 @@ if (form) {
     if (files.length > mostFiles)
       return `${files.length} files were sent, but at most ${mostFiles} are read at once.`;
     if (total > mostBytes)
-      return `The upload is larger than the ${Math.floor(mostBytes / 2 ** 20)} MB allowed; send fewer or smaller files.`;
+      return `The ${files.length > 1 ? "files are" : "file is"} ${megabytes(total)} MB, more than the ${megabytes(mostBytes)} MB allowed; zip the folder: DICOM files often become about ${megabytes(0.22 * total)} MB.`;
     return empty ? `${empty.name} is empty; choose the file again.` : "";
   };
 
@@ -37,7 +41,7 @@ if (form) {
   };
 
   const look = () => {
-    const files = [...input.files];
+    const files = chosen();
     complain(complaint(files));
     previews.replaceChildren(...files.slice(0, 12).map(preview));
     if (files.length > 12) previews.append(Object.assign(document.createElement("li"), { textContent: `and ${files.length - 12} more` }));
@@ -59,7 +63,7 @@ if (form) {
     request.open("POST", form.dataset.api);
     request.responseType = "json";
     request.upload.onprogress = (event) => busy("Sending …", event.loaded / event.total);
-    request.upload.onload = () => busy(input.files.length > 1 ? "Reading the scans …" : "Reading the scan …", 1);
+    request.upload.onload = () => busy(chosen().length > 1 ? "Reading the scans …" : "Reading the scan …", 1);
     request.onerror = () => fail("The server cannot be reached; try again.");
     request.onload = () => {
       const answer = request.response ?? {};
@@ -70,10 +74,10 @@ if (form) {
     request.send(new FormData(form));
   };
 
-  input.addEventListener("change", look);
+  for (const each of inputs) each.addEventListener("change", look);
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    const sentence = complaint([...input.files]);
+    const sentence = complaint(chosen());
     if (sentence) complain(sentence);
     else send();
   });

@@ -2,25 +2,18 @@
 
 import os
 import re
-import shutil
-import threading
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import encode, make_app, phantom
+from phantoms import CHROMIUM, encode, make_app, phantom, picture, series, served
 from playwright.sync_api import sync_playwright
-from werkzeug.serving import make_server
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """The address of the app, served on loopback."""
-    server = make_server("127.0.0.1", 0, make_app(tmp_path_factory.mktemp("uploads")), threaded=True)
-    threading.Thread(target=server.serve_forever).start()
-    yield f"http://127.0.0.1:{server.port}"
-    server.shutdown()
+    with served(make_app(tmp_path_factory.mktemp("uploads"))) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +32,17 @@ def browser():
 
 @pytest.fixture
 def page(browser, address):
-    """The form in a fresh page; any request elsewhere and any error on the console fails the test."""
+    """The form in a fresh page; a request elsewhere or an error on the console fails the test."""
     page = browser.new_page()
     complaints = []
-    page.on("request", lambda r: r.url.startswith((address, "blob:", "data:")) or complaints.append(r.url))
+    ours = (address, "blob:", "data:")
+    page.on("request", lambda r: r.url.startswith(ours) or complaints.append(r.url))
     page.on("console", lambda m: m.type == "error" and complaints.append(m.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(address)
     yield page
     page.close()
     assert [c for c in complaints if not any(code in c for code in ("415", "404"))] == []
-
-
-def picture(name, data):
-    return {"name": name, "mimeType": "image/png", "buffer": data}
 
 
 def choose(page, *files):
@@ -86,7 +76,7 @@ def test_a_real_scan_gets_a_heatmap(page, real_scans):
 
 def test_a_bad_file_brings_a_sentence_and_loses_nothing(page):
     """The sentence has the focus, the files stay chosen, and the next try works."""
-    choose(page, picture("notes.png", b"I am a text file"), picture("scan.png", encode(phantom(1))))
+    choose(page, picture("notes.png", b"I am a text file"), picture("more.png", b"So am I"))
     page.get_by_role("button", name="Read the scan").click()
     page.get_by_text("notes.png is not a DICOM").wait_for()
     assert "notes.png" in page.evaluate("document.activeElement.textContent")
@@ -103,10 +93,30 @@ def test_files_can_be_dropped_on_the_form(page):
     page.evaluate("""() => {
         const files = new DataTransfer();
         files.items.add(new File([new Uint8Array(9)], "dropped.png"));
-        document.getElementById("form").dispatchEvent(new DragEvent("drop", { dataTransfer: files, bubbles: true }));
+        const drop = new DragEvent("drop", { dataTransfer: files, bubbles: true });
+        document.getElementById("form").dispatchEvent(drop);
     }""")
     assert page.locator("#previews li").inner_text() == "dropped.png"
     assert page.evaluate("document.getElementById('file').files.length") == 1
+
+
+def test_a_folder_can_be_chosen_and_what_is_no_scan_in_it_is_named(page, tmp_path):
+    for name, data in (series(3) | {"notes.txt": b"text"}).items():
+        (tmp_path / name).write_bytes(data)
+    page.get_by_label("Or a folder").set_input_files(tmp_path)
+    assert page.locator("#previews li").count() == 4
+    page.get_by_role("button", name="Read the scan").click()
+    page.wait_for_url("**/results/*")
+    page.get_by_text("Skipped: 1").click()
+    assert page.get_by_text("notes.txt is not a DICOM").is_visible()
+
+
+def test_too_large_a_folder_is_told_to_be_zipped(page):
+    page.evaluate("document.getElementById('file').dataset.mostBytes = 2000000")
+    choose(page, *[picture(f"{n}.dcm", bytes(1_000_000)) for n in range(4)])
+    sentence = ("The files are 4 MB, more than the 2 MB allowed; "
+                "zip the folder: DICOM files often become about 1 MB.")
+    assert page.get_by_role("alert").inner_text() == sentence
 
 
 def test_while_the_scan_is_read_the_page_says_so(page):
@@ -128,7 +138,8 @@ def test_the_slider_blends_the_heat_over_the_scan(page):
 def test_the_whole_path_works_from_the_keyboard(page):
     choose(page, picture("scan.png", encode(phantom(1))))
     page.get_by_label("Scans").focus()
-    while not page.get_by_role("button", name="Read the scan").evaluate("button => button === document.activeElement"):
+    button = page.get_by_role("button", name="Read the scan")
+    while not button.evaluate("button => button === document.activeElement"):
         page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.wait_for_url("**/results/*")
@@ -148,7 +159,14 @@ def test_a_result_prints_on_one_page(page):
     page.get_by_role("button", name="Read the scan").click()
     page.wait_for_url("**/results/*")
     for paper in ("A4", "Letter"):
-        assert len(re.findall(rb"/Type /Page\b", page.pdf(format=paper, print_background=True))) == 1
+        printed = page.pdf(format=paper, print_background=True)
+        assert len(re.findall(rb"/Type /Page\b", printed)) == 1
+
+
+def unfolded(page, url):
+    """Open a page and all that is folded away on it."""
+    page.goto(url)
+    page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -160,7 +178,7 @@ def test_no_page_has_a_fault_that_axe_finds(page, address, scheme):
         return [violation["id"] for violation in Axe().run(page).response["violations"]]
 
     for path in ("/", "/model", "/nowhere"):
-        page.goto(address + path)
+        unfolded(page, address + path)
         assert faults() == [], path
     page.goto(address)
     answered(page)
@@ -202,7 +220,7 @@ def test_the_form_works_without_script(browser, address):
 def test_no_page_is_wider_than_the_screen(page, address, width):
     page.set_viewport_size({"width": width, "height": 800})
     for path in ("/model", "/"):
-        page.goto(address + path)
+        unfolded(page, address + path)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
     choose(page, picture(f"{'long' * 25}.png", encode(phantom(3))))
     page.get_by_role("button", name="Read the scan").click()

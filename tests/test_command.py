@@ -1,15 +1,16 @@
 """What `flask classify` promises for folders of any size, on a Dask cluster of this machine."""
 
 import csv
+import io
 import os
+import pathlib
 import signal
+import sys
 import threading
-import time
 
 import pytest
-from conftest import encode, phantom
+from phantoms import deep, dicom, encode, phantom, series, until, volume, zipped
 from pyarrow import parquet
-from test_studies import series, volume, zipped
 
 import app as web
 
@@ -46,17 +47,29 @@ def classify(app, *args):
     return run
 
 
-def test_a_folder_becomes_a_row_a_slice_and_a_row_a_study(app, folder, tmp_path):
+def test_the_command_prints_csv(app, folder):
+    printed = classify(app, folder / "0.png", folder / "broken.jpg").stdout
+    rows = list(csv.DictReader(io.StringIO(printed)))
+    assert [row["path"] for row in rows] == [str(folder / name) for name in ("0.png", "broken.jpg")]
+    assert rows[0]["verdict"] and not rows[0]["error"]
+    assert rows[1]["error"].startswith("broken.jpg is not a DICOM") and not rows[1]["verdict"]
+
+
+def test_a_folder_becomes_one_row_per_slice_and_one_per_series(app, folder, tmp_path):
     """And the same rows again from a journal that was cut off, with nothing done twice."""
     out = tmp_path / "results.csv"
     classify(app, folder, "--out", out)
     rows = rows_in(out)
     assert len({row["path"] for row in rows}) == 7
     (broken,) = [row for row in rows if row["error"]]
-    assert broken["error"].startswith("broken.jpg is not a DICOM") and broken["path"].endswith("broken.jpg")
+    assert broken["error"].startswith("broken.jpg is not a DICOM")
+    assert broken["path"].endswith("broken.jpg")
     assert all(int(row["slices"]) == sum(r["path"] == row["path"] for r in rows) for row in rows)
     studies = rows_in(tmp_path / "results.studies.csv")
-    assert {int(study["slices"]) for study in studies} == {4, len([r for r in rows if r["path"].endswith(".nii")])}
+    of_volume = [row for row in rows if row["path"].endswith(".nii")]
+    scans = [row for row in of_volume if row["verdict"] != "skipped"]
+    assert {int(study["slices"]) for study in studies} == {4, len(scans)}
+    assert all(row["reason"] and not row["label"] for row in of_volume if row not in scans)
 
     text = out.read_text()
     out.write_text(text[: len(text) // 2])
@@ -64,6 +77,10 @@ def test_a_folder_becomes_a_row_a_slice_and_a_row_a_study(app, folder, tmp_path)
     assert sorted(map(str, rows_in(out))) == sorted(map(str, rows))
     classify(app, folder, "--out", out)
     assert sorted(map(str, rows_in(out))) == sorted(map(str, rows))
+
+
+def columns(app):
+    return ["path", "slices", *web.csv_columns(app.classifier.labels), "error"]
 
 
 def test_the_answers_are_those_of_the_app(app, real_scans, tmp_path):
@@ -83,13 +100,12 @@ def test_a_killed_worker_loses_nothing(app, tmp_path):
     for n in range(64):
         files.append(tmp_path / f"{n}.png")
         files[-1].write_bytes(encode(phantom(n, side=64)))
-    journal, labels = tmp_path / "out.csv", app.classifier.labels
+    journal = tmp_path / "out.csv"
     with web.cluster(None) as client:
-        filling = threading.Thread(target=web.fill, args=(
-            journal, files, web.columns_of(labels), client, app.config["MODEL"], web.LIMITS))
+        arguments = journal, files, columns(app), client, app.config["MODEL"], web.LIMITS
+        filling = threading.Thread(target=web.fill, args=arguments)
         filling.start()
-        while not journal.exists() or len(journal.read_text().splitlines()) < 9:
-            time.sleep(0.05)
+        until(lambda: journal.exists() and len(journal.read_text().splitlines()) >= 9, 120)
         victim = next(iter(client.run(os.getpid).values()))
         os.kill(victim, signal.SIGKILL)
         filling.join(120)
@@ -101,9 +117,11 @@ def test_a_killed_worker_loses_nothing(app, tmp_path):
 
 def test_a_cluster_that_cannot_do_the_work_is_no_fault_of_the_files(app, folder, tmp_path):
     """No row blames a file; the sentence says what the machines need."""
-    journal, columns = tmp_path / "out.csv", web.columns_of(app.classifier.labels)
-    with web.cluster(None) as client, pytest.raises(web.click.ClickException, match="cannot do the work"):
-        web.fill(journal, web.files_under(folder), columns, client, "missing.keras", web.LIMITS)
+    journal = tmp_path / "out.csv"
+    refused = pytest.raises(web.click.ClickException, match="cannot do the work")
+    with web.cluster(None) as client, refused:
+        files = web.files_under(folder)
+        web.fill(journal, files, columns(app), client, "missing.keras", web.LIMITS)
     assert rows_in(journal) == []
 
 
@@ -123,15 +141,57 @@ def test_parquet_leaves_a_csv_of_the_same_name_alone(app, folder, tmp_path):
 
 
 def test_a_file_that_nobody_foresaw_is_a_row(app, folder, monkeypatch):
-    monkeypatch.setattr("app.read_scans", lambda *_: 1 / 0)
-    (row,) = web.rows_for([folder / "0.png"], app.classifier, web.LIMITS)
+    monkeypatch.setattr("app.read_upload", lambda *_, **__: 1 / 0)
+    (row,) = web.rows_of_files([folder / "0.png"], app.classifier, web.LIMITS)
     assert row["error"] == "0.png cannot be classified (ZeroDivisionError); please report it."
 
 
-def test_files_that_name_no_study_are_not_one_study(tmp_path):
-    scan = web.Scan(phantom(), "a", series="1", identifiers={"StudyInstanceUID": ""})
-    assert web.study_of(scan, tmp_path / "a") != web.study_of(scan, tmp_path / "b")
+def test_series_and_studies_are_the_same_in_every_file(app, tmp_path):
+    """Loose files of two series and two studies, and one that names none; no row holds a UID."""
+    uids = [("1.2.3", "1.2.3.1")] * 2 + [("1.2.3", "1.2.3.2"), ("1.9", "1.9.1"), ("", "")]
+    paths = [tmp_path / str(n) for n in range(len(uids))]
+    for n, (study, name) in enumerate(uids):
+        data = dicom(deep(n), StudyInstanceUID=study, SeriesInstanceUID=name)
+        paths[n].write_bytes(data)
+    rows = web.rows_of_files(paths, app.classifier, web.LIMITS)
+    names = [(row["study"], row["series"]) for row in rows]
+    assert names[0] == names[1] and len(set(names)) == 4
+    assert names[0][0] == names[2][0] != names[3][0] and names[4][0] == paths[4].as_posix()
+    assert not any("1.2.3" in part for name in names for part in name)
+
+
+def test_what_is_skipped_in_a_file_is_a_row_with_its_reason(app, tmp_path):
+    (tmp_path / "study.zip").write_bytes(zipped(**series(2), **{"=notes.txt": b"text"}))
+    scans = list(csv.DictReader(io.StringIO(classify(app, tmp_path).stdout)))
+    assert [row["verdict"] == "skipped" for row in scans] == [False, False, True]
+    assert scans[2]["file"] == "'=notes.txt" and "is not a DICOM" in scans[2]["reason"]
+
+
+def test_names_that_are_no_utf_8_or_begin_like_a_formula_end_nothing(app, tmp_path, monkeypatch):
+    """On the terminal as in a file, and again from that file, which is complete."""
+    (tmp_path / "in").mkdir()
+    for name in (b"d\xe9.png", b"=1+1.png", b"bad\xff.png"):
+        data = b"junk" if b"bad" in name else encode(phantom(side=64))
+        pathlib.Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name)).write_bytes(data)
+    monkeypatch.chdir(tmp_path / "in")
+    out = tmp_path / "out.csv"
+    for _ in range(2):
+        classify(app, ".", "--out", out)
+        rows = rows_in(out)
+        assert sorted(row["path"] for row in rows) == ["'=1+1.png", "bad\\xff.png", "d\\xe9.png"]
+        assert sum(bool(row["verdict"]) for row in rows) == 2
+    assert len(list(csv.DictReader(io.StringIO(classify(app, ".").stdout)))) == 3
+
+
+def test_without_dask_the_sentence_says_what_to_install(app, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    run = app.test_cli_runner().invoke(
+        args=["classify", str(folder), "--out", str(tmp_path / "out.csv")])
+    assert run.exit_code == 1
+    assert "--out needs Dask: pip install -r requirements.txt" in run.output
+
 
 def test_an_ending_that_is_unknown_is_refused(app, folder, tmp_path):
-    run = app.test_cli_runner().invoke(args=["classify", str(folder), "--out", str(tmp_path / "out.xls")])
+    out = str(tmp_path / "out.xls")
+    run = app.test_cli_runner().invoke(args=["classify", str(folder), "--out", out])
     assert run.exit_code == 2 and "has to end in .csv or .parquet" in run.output

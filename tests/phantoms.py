@@ -1,0 +1,287 @@
+"""Phantoms that stand in for scans, as pictures, DICOM and NIfTI, and the app that answers them."""
+
+import contextlib
+import copy
+import csv
+import functools
+import io
+import pathlib
+import shutil
+import socket
+import sys
+import threading
+import time
+import urllib.request
+import zipfile
+from unittest import mock
+
+import nibabel
+import numpy as np
+import pydicom
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from pydicom import uid
+from werkzeug.datastructures import FileStorage
+from werkzeug.serving import make_server
+from werkzeug.test import encode_multipart
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import app as web  # noqa: E402
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+ORIENTATIONS = {
+    "axial": [1, 0, 0, 0, 1, 0], "coronal": [1, 0, 0, 0, 0, -1], "sagittal": [0, 1, 0, 0, 0, -1],
+}
+
+
+def phantom(seed=0, lesion=False, side=256):
+    """A drawn axial head, uint8 (side, side): skull, uneven tissue, a bright lesion if asked."""
+    random = np.random.default_rng(seed)
+    centre = side * random.uniform(0.46, 0.54, 2)
+    radii = side * random.uniform((0.28, 0.36), (0.36, 0.44))
+
+    def ellipse(scale, level, at=(0, 0)):
+        middle, reach = centre + np.array(at) * radii, radii * scale
+        draw.ellipse([*(middle - reach), *(middle + reach)], fill=level)
+
+    coarse = Image.fromarray(random.integers(20, 200, (9, 9), dtype=np.uint8))
+    tissue = coarse.resize((side, side), Image.Resampling.BICUBIC)
+    head, brain = (Image.new("L", (side, side)) for _ in range(2))
+    draw = ImageDraw.Draw(head)
+    ellipse(1, 200)
+    ellipse(0.93, 30)
+    draw = ImageDraw.Draw(brain)
+    ellipse(0.86, 255)
+    head.paste(tissue, mask=brain)
+    if lesion:
+        draw = ImageDraw.Draw(head)
+        ellipse(random.uniform(0.2, 0.32), 250, random.uniform(-0.4, 0.4, 2))
+    noise = random.normal(0, 4, (side, side))
+    soft = np.asarray(head.filter(ImageFilter.GaussianBlur(1)), np.float32)
+    return (soft + noise * (soft > 10)).clip(0, 255).astype(np.uint8)
+
+
+def encode(pixels, kind="PNG", **options):
+    """A picture file of this kind as bytes."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+@functools.cache
+def shipped():
+    """The shipped model, loaded once for every app of the tests."""
+    return web.Classifier(ROOT / "model.keras", threads=2)
+
+
+def make_app(folder, **overrides):
+    """The app over the shipped model, its gate open so that a phantom gets an answer."""
+    classifier = copy.copy(shipped())
+    with mock.patch.object(web, "Classifier", lambda *_: classifier):
+        app = web.create_app({"UPLOADS": str(folder), "TESTING": True, **overrides})
+    classifier.gate = None
+    return app
+
+
+@contextlib.contextmanager
+def served(app):
+    """The port of an app that is served on loopback, a thread a request."""
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.port
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def until(condition, seconds=20):
+    """What a condition gives once it is true; fails if it does not become so."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return value
+
+
+def free_port():
+    """A port of this machine that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def sender(url, data):
+    """A function that sends a file to a URL and returns the body of the answer."""
+    boundary, body = encode_multipart({"file": FileStorage(io.BytesIO(data), "scan")})
+    kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    return lambda: urllib.request.urlopen(urllib.request.Request(url, body, kind)).read()
+
+
+def picture(name, data):
+    return {"name": name, "mimeType": "image/png", "buffer": data}
+
+
+def dataset_of(pixels, **tags):
+    """An MR image, 16 bits, as a pydicom dataset; tags given beat those here."""
+    dataset = pydicom.Dataset()
+    dataset.SOPClassUID, dataset.SOPInstanceUID = uid.MRImageStorage, uid.generate_uid()
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.3", "1.2.3.1"
+    dataset.Modality, dataset.PhotometricInterpretation = "MR", "MONOCHROME2"
+    dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0
+    dataset.Rows, dataset.Columns = pixels.shape[-2:]
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
+    dataset.PixelData = pixels.astype(np.uint16).tobytes()
+    for key, value in tags.items():
+        setattr(dataset, key, value)
+    dataset.ensure_file_meta()
+    dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    return dataset
+
+
+def written(dataset, **options):
+    """The bytes of a dataset as a file."""
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, dataset, enforce_file_format=not options.pop("bare", False), **options)
+    return file.getvalue()
+
+
+def dicom(pixels, **tags):
+    return written(dataset_of(pixels, **tags))
+
+
+def deep(seed=0, side=96, **options):
+    """A phantom with 12 bits, uint16."""
+    return phantom(seed, side=side, **options).astype(np.uint16) * 16
+
+
+def zipped(**files):
+    """A ZIP of files {path: bytes}."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def series(count=8, uid="1.2.3.1", **tags):
+    """{name: bytes} of a series, its file names in an order that is not that of its positions."""
+    tags = {"SeriesInstanceUID": uid, "ImageOrientationPatient": ORIENTATIONS["axial"]} | tags
+    return {
+        f"IM{(7 * n) % count:04}": dicom(deep(n), ImagePositionPatient=[0, 0, 5 * n], **tags)
+        for n in range(count)
+    }
+
+
+def close(a, b):
+    """Whether two pictures differ by a level of rounding at most."""
+    return np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+def volume(shape=(40, 50, 60), zooms=(1, 1, 1), flip=False, extra=()):
+    """A .nii of an ellipsoid head with one bright corner: towards right, front and top."""
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    radius, corner = x**2 + y**2 + z**2, (x > 0.2) & (y > 0.2) & (z > 0.2)
+    values = 500.0 * (radius < 0.8) + 400 * (corner & (radius < 0.7))
+    affine = np.diag([*zooms, 1.0])
+    if flip:
+        values = values[::-1].transpose(1, 0, 2)
+        affine = affine[:, [1, 0, 2, 3]] * [[-1], [1], [1], [1]]
+    for n in extra:
+        values = np.stack([values] * n, -1)
+    return nibabel.Nifti1Image(values.astype(np.float32), affine).to_bytes()
+
+
+# What is no scan: functions from a random generator to pixels, uint8 (H, W)
+
+
+def document(random):
+    """A page of text."""
+    page = Image.new("L", (400, 520), 255)
+    for y in range(30, 490, 24):
+        words = " ".join(random.choice(["patient", "of", "report", "the", "figure", "left"], 6))
+        ImageDraw.Draw(page).text((30, y), words, fill=0, font=ImageFont.load_default(16))
+    return np.asarray(page)
+
+
+def chart(random):
+    """Bars over an axis."""
+    picture = Image.new("L", (480, 320), 255)
+    draw = ImageDraw.Draw(picture)
+    for x, height in zip(range(40, 440, 40), random.integers(20, 260, 10)):
+        draw.rectangle((x, 290 - height, x + 26, 290), fill=60)
+    draw.line((30, 20, 30, 290, 460, 290), fill=0, width=2)
+    return np.asarray(picture)
+
+
+def gradient(random):
+    """Grey that grows from one side to the other."""
+    return np.rot90(np.tile(np.arange(256, dtype=np.uint8), (256, 1)), random.integers(4))
+
+
+def static(random):
+    """Nothing but noise."""
+    return random.integers(0, 255, (256, 256), dtype=np.uint8)
+
+
+DRAWINGS = (document, chart, gradient, static)
+
+
+# Folders of scans, as the notebook reads them
+
+
+def put(path, data):
+    """Write a file, its folders first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def write_manifest(folder, rows):
+    """A manifest.csv of dicts, "" where one lacks a column."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "manifest.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row), restval="")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def ball(seed=0, lesion=False, side=32):
+    """A .nii of a ball of uneven tissue, about 10 slices wide, with or without a bright lesion."""
+    x, y, z = np.mgrid[-1:1:side * 1j, -1:1:side * 1j, -1:1:side * 1j]
+    voxels = (x**2 + y**2 + z**2 < 0.12) * np.random.default_rng(seed).uniform(90, 150, x.shape)
+    voxels[(x - 0.12) ** 2 + y**2 + z**2 < 0.015 * lesion] = 250
+    return nibabel.Nifti1Image(voxels.astype(np.uint8), np.eye(4)).to_bytes()
+
+
+def fill_with_two(folder):
+    """48 phantoms as Kaggle's first set of brain MRI has them, in folders `yes` and `no`, and a broken file."""
+    for n in range(48):
+        put(folder / "data" / ("yes" if n % 2 else "no") / f"{n}.png", encode(phantom(n, lesion=bool(n % 2))))
+    put(folder / "data/no/broken.jpg", b"not a picture")
+
+
+def fill_with_four(folder):
+    """Typed tumors with boxes and folds, web pictures, outside sources, volumes in three planes, and other scans."""
+    rows = [{"source": "cheng", "label": ["glioma", "meningioma", "pituitary"][n % 3], "patient_fold": n % 5 + 1,
+             "box": "0.3 0.3 0.7 0.7"} for n in range(30)]  # fmt: skip
+    rows += [{"source": "br35h", "label": ["tumor", "no_tumor"][n % 2]} for n in range(20)]
+    rows += [{"source": source, "label": label, "family": source[:5]} for source, label in (
+        ("utsw_glioma", "glioma"), ("neuro_healthy", "no_tumor"), ("brats_peds", "glioma"),
+        ("hippo_healthy_mr", "no_tumor")) for _ in range(4)]  # fmt: skip
+    for n, row in enumerate(rows):
+        row["path"] = f"{row['source']}/{2 * n}.png"
+        put(folder / "data" / row["path"], encode(phantom(n, row["label"] != "no_tumor")))
+    for n, part in enumerate(["validation", "test"] * 2):
+        rows.append({"source": "volumes", "patient": n, "part": part, "label": "glioma" if n < 2 else "no_tumor"})
+        rows[-1]["path"] = put(folder / "data" / f"{n}.nii", ball(n, n < 2)).name
+    write_manifest(folder / "data", rows)
+    others = [{"path": f"{n}.png", "kind": ["chart", "brain_mri"][n % 2], "source": f"s{n % 3}"} for n in range(12)]
+    for n, row in enumerate(others):
+        drawn = phantom(100 + n) if n % 2 else chart(np.random.default_rng(n))
+        put(folder / "others" / row["path"], encode(drawn))
+    write_manifest(folder / "others", others)
