@@ -1,13 +1,13 @@
 """Fixtures that several test modules share."""
 
 import csv
-import io
+import functools
 import json
 import os
 import pathlib
 
 import pytest
-from phantoms import ROOT, encode, make_app, phantom, shipped  # noqa: F401
+from phantoms import ROOT, make_app, post, shipped
 
 import app as web
 
@@ -31,13 +31,9 @@ def uploads(app):
 
 
 @pytest.fixture
-def send(client):
+def send(app):
     """POST files, (bytes, name) each, to a URL of the app; to the API unless told."""
-
-    def post(*files, to="/upload"):
-        return client.post(to, data={"file": [(io.BytesIO(data), name) for data, name in files]})
-
-    return post
+    return functools.partial(post, app)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from unittest import mock
 import nibabel
 import numpy as np
 import pydicom
+import tifffile
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pydicom import uid
 from werkzeug.datastructures import FileStorage
@@ -31,9 +32,11 @@ import app as web  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-ORIENTATIONS = {
-    "axial": [1, 0, 0, 0, 1, 0], "coronal": [1, 0, 0, 0, 0, -1], "sagittal": [0, 1, 0, 0, 0, -1],
-}
+AXIAL = [1, 0, 0, 0, 1, 0]  # the orientation of a slice
+NOT_READ = (
+    "is not a DICOM, NIfTI, JPEG, PNG, WEBP, BMP or TIFF file, or a ZIP of them; "
+    "export the scan as one of these."
+)
 
 
 def phantom(seed=0, lesion=False, side=256):
@@ -126,16 +129,52 @@ def picture(name, data):
     return {"name": name, "mimeType": "image/png", "buffer": data}
 
 
+def post(app, *files, to="/upload", headers=None, **form):
+    """The response of an app to files, (bytes, name) each, or bytes alone, called scan."""
+    named = [file if isinstance(file, tuple) else (file, "scan") for file in files]
+    data = {"file": [(io.BytesIO(data), name) for data, name in named]} | form
+    return app.test_client().post(to, data=data, headers=headers)
+
+
+def zipped(**files):
+    """A ZIP of files {path: bytes}."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def tiff(*pages, byteorder="<", bigtiff=False, **options):
+    """A TIFF of pages: values, or (values, options of its own)."""
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file, byteorder=byteorder, bigtiff=bigtiff) as writer:
+        for page in pages:
+            values, own = page if isinstance(page, tuple) else (page, {})
+            writer.write(values, **{"photometric": "minisblack"} | options | own)
+    return file.getvalue()
+
+
+# DICOM
+
+
 def dataset_of(pixels, **tags):
-    """An MR image, 16 bits, as a pydicom dataset; tags given beat those here."""
+    """An MR image as a pydicom dataset: grey (H, W), frames (N, H, W) or RGB (H, W, 3).
+
+    It has the bits of `pixels` where DICOM allows them, else 16; tags given beat those here.
+    """
+    values = pixels if pixels.dtype.str[1:] in ("u1", "i1", "u2", "i2", "u4") else pixels.astype("u2")
+    colour, bits = pixels.shape[-1] == 3, 8 * values.itemsize
     dataset = pydicom.Dataset()
     dataset.SOPClassUID, dataset.SOPInstanceUID = uid.MRImageStorage, uid.generate_uid()
     dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.3", "1.2.3.1"
-    dataset.Modality, dataset.PhotometricInterpretation = "MR", "MONOCHROME2"
-    dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0
-    dataset.Rows, dataset.Columns = pixels.shape[-2:]
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
-    dataset.PixelData = pixels.astype(np.uint16).tobytes()
+    dataset.Modality, dataset.PixelRepresentation = "MR", int(values.dtype.kind == "i")
+    dataset.PhotometricInterpretation = "RGB" if colour else "MONOCHROME2"
+    dataset.SamplesPerPixel, dataset.PlanarConfiguration = 1 + 2 * colour, 0
+    dataset.Rows, dataset.Columns = values.shape[:2] if colour else values.shape[-2:]
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, bits, bits - 1
+    by_plane = np.moveaxis(values, -1, 0) if tags.get("PlanarConfiguration") else values
+    dataset.PixelData = by_plane.tobytes()
     for key, value in tags.items():
         setattr(dataset, key, value)
     dataset.ensure_file_meta()
@@ -150,8 +189,28 @@ def written(dataset, **options):
     return file.getvalue()
 
 
-def dicom(pixels, **tags):
-    return written(dataset_of(pixels, **tags))
+def dicom(pixels, syntax=uid.ExplicitVRLittleEndian, **tags):
+    """A DICOM file; PixelData among the tags is taken as packed already."""
+    dataset = dataset_of(pixels, **tags)
+    if syntax.is_encapsulated and "PixelData" not in tags:
+        dataset.compress(syntax)
+    if not syntax.is_little_endian:
+        dataset.PixelData = pixels.byteswap().tobytes()
+        dataset["PixelData"].VR = "OW"
+    dataset.file_meta.TransferSyntaxUID = syntax
+    return written(dataset)
+
+
+def items(**tags):
+    """A sequence of as many items as the values given have, for each tag a sequence of one."""
+    sequence = []
+    for values in zip(*tags.values()):
+        sequence.append(pydicom.Dataset())
+        for key, inner in zip(tags, values):
+            item = pydicom.Dataset()
+            item.update(inner)
+            setattr(sequence[-1], key, [item])
+    return sequence
 
 
 def deep(seed=0, side=96, **options):
@@ -159,27 +218,41 @@ def deep(seed=0, side=96, **options):
     return phantom(seed, side=side, **options).astype(np.uint16) * 16
 
 
-def zipped(**files):
-    """A ZIP of files {path: bytes}."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return file.getvalue()
+def slices(pictures, **tags):
+    """Files (name, bytes) of one series, a picture each, with their places."""
+    tags = {"ImageOrientationPatient": AXIAL} | tags
+    return [
+        (f"IM{n}", dicom(pixels, ImagePositionPatient=[0, 0, 5 * n], **tags))
+        for n, pixels in enumerate(pictures)
+    ]
 
 
 def series(count=8, uid="1.2.3.1", **tags):
     """{name: bytes} of a series, its file names in an order that is not that of its positions."""
-    tags = {"SeriesInstanceUID": uid, "ImageOrientationPatient": ORIENTATIONS["axial"]} | tags
-    return {
-        f"IM{(7 * n) % count:04}": dicom(deep(n), ImagePositionPatient=[0, 0, 5 * n], **tags)
-        for n in range(count)
-    }
+    files = slices(map(deep, range(count)), SeriesInstanceUID=uid, **tags)
+    return {f"IM{(7 * n) % count:04}": data for n, (_, data) in enumerate(files)}
 
 
 def close(a, b):
     """Whether two pictures differ by a level of rounding at most."""
     return np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+# NIfTI
+
+
+def nifti(values, spacing=(1, 1, 5), kind=nibabel.Nifti1Image, order="<", **fields):
+    """A .nii of values (x, y[, z[, t]]), its header's fields as given."""
+    header = kind.header_class(endianness=order)
+    header.set_data_dtype(values.dtype)
+    header.set_data_shape(values.shape)
+    header.set_zooms((*spacing, 1, 1)[: values.ndim])
+    header["magic"] = b"n+1" if kind is nibabel.Nifti1Image else b"n+2"
+    header["vox_offset"] = start = header["sizeof_hdr"] + 12 - header["sizeof_hdr"] % 8
+    for field, value in fields.items():
+        header[field] = value
+    data = values.astype(header.get_data_dtype()).tobytes(order="F")
+    return header.binaryblock.ljust(int(start), b"\0") + data
 
 
 def volume(shape=(40, 50, 60), zooms=(1, 1, 1), flip=False, extra=()):
