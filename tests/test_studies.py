@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pydicom
 import pytest
-from phantoms import deep, dicom, encode, make_app, phantom, series, until, zipped
+from phantoms import deep, dicom, encode, make_app, phantom, post, series, until, zipped
 from pydicom import uid
 from pydicom.data import get_testdata_file
 
@@ -68,29 +68,25 @@ def test_the_rule_for_a_series_is_the_highest_mean_of_consecutive_slices(
     assert found["rejected"] == sum(p is None for p, _ in slices)
 
 
-def entries_of(*triples):
+def entries_of(*rows):
+    """Entries of a result, (study, series, tumor probability) each."""
     names = ("study", "series", "tumor_probability")
-    return [dict(zip(names, triple)) | {"crop": [0, 0, 9, 9]} for triple in triples]
+    return [dict(zip(names, row)) | {"crop": [0, 0, 9, 9]} for row in rows]
 
 
 def test_each_series_has_its_answer_and_the_most_suspicious_comes_first():
-    entries = entries_of(
-        ("1", "1", 0.1), ("1", "1", 0.2), (None, None, 0.9), ("1", "2", 0.7), ("1", "2", 0.9))
-    answers = study_answers(entries, CARD)
+    """Loose scans have none, and two studies none in common."""
+    rows = [("1", "1", 0.1), ("1", "1", 0.2), (None, None, 0.9), ("1", "2", 0.7), ("1", "2", 0.9)]
+    answers = study_answers(entries_of(*rows), CARD)
     first, second = answers["studies"]
     assert (first["series"], first["highest"]) == ("2", [4, 3])
     assert (second["series"], second["highest"]) == ("1", [1, 0])
     assert answers["study"] == first
     loose = entries_of(*[(None, None, 0.9)] * 3)
     assert study_answers(loose, CARD) == {"study": None, "studies": []}
-
-
-def test_two_studies_have_no_answer_in_common():
-    entries = entries_of(*[("1", "1", 0.1)] * 2, *[("2", "2", 0.9)] * 2)
-    answers = study_answers(entries, CARD)
-    assert answers["study"] is None
-    assert [(a["study"], a["verdict"]) for a in answers["studies"]] == [
-        ("2", "tumor"), ("1", "no_tumor")]
+    both = study_answers(entries_of(*[("1", "1", 0.1)] * 2, *[("2", "2", 0.9)] * 2), CARD)
+    verdicts = [(each["study"], each["verdict"]) for each in both["studies"]]
+    assert both["study"] is None and verdicts == [("2", "tumor"), ("1", "no_tumor")]
 
 
 def test_a_result_of_two_studies_says_so_on_top(app, monkeypatch):
@@ -100,11 +96,10 @@ def test_a_result_of_two_studies_says_so_on_top(app, monkeypatch):
         for n in "12" for scan in read_scans(zipped(**series(3)), "study.zip")
     ]
     monkeypatch.setattr("app.read_upload", lambda *_: (scans, []))
-    client = app.test_client()
-    result = client.post("/upload", data={"file": (io.BytesIO(b"x"), "x")}).get_json()
+    result = post(app, b"x").get_json()
     sentence = "These scans belong to 2 patients or studies; each is answered on its own."
     assert (result["warnings"], result["study"], len(result["studies"])) == ([sentence], None, 2)
-    page = client.get(f"/results/{result['id']}").text
+    page = app.test_client().get(f"/results/{result['id']}").text
     assert sentence in page and "study 1, series 1, 3 scans" in page and "study 2" in page
 
 
@@ -119,8 +114,7 @@ def study_app(tmp_path):
 
 def begin(app, count=8):
     """The result so far of a study sent to the API."""
-    data = {"file": (io.BytesIO(zipped(**series(count))), "study.zip")}
-    response = app.test_client().post("/upload", data=data)
+    response = post(app, zipped(**series(count)))
     assert response.status_code == 202
     return response.get_json()
 
@@ -162,8 +156,7 @@ def test_a_large_study_is_answered_at_once_and_fills(study_app, monkeypatch):
 def test_every_upload_has_one_and_the_same_form(study_app):
     """Small or large, answered within its request or in the background."""
     large = wait_for(study_app, begin(study_app, 3), "done")
-    data = {"file": (io.BytesIO(zipped(**series(2))), "study.zip")}
-    small = study_app.test_client().post("/upload", data=data).get_json()
+    small = post(study_app, zipped(**series(2))).get_json()
     assert list(small) == list(large) and list(small["study"]) == list(large["study"])
     names = [
         sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -177,8 +170,7 @@ def test_a_study_does_not_take_the_places_of_scans(study_app, monkeypatch):
     asked, reserve = [], study_app.jobs.reserve
     note = lambda count, force=False: asked.append(count) or reserve(count, force)  # noqa: E731
     monkeypatch.setattr(study_app.jobs, "reserve", note)
-    files = [(io.BytesIO(encode(phantom(n))), "a.png") for n in range(3)]
-    response = study_app.test_client().post("/upload", data={"file": files})
+    response = post(study_app, *[encode(phantom(n)) for n in range(3)])
     assert (response.status_code, asked) == (202, [1])
 
 
@@ -273,8 +265,7 @@ def test_too_many_studies_are_told_to_come_back(tmp_path, monkeypatch):
     for _ in range(2):
         begin(app)
         time.sleep(0.1)
-    data = {"file": (io.BytesIO(zipped(**series(4))), "study.zip")}
-    response = app.test_client().post("/upload", data=data)
+    response = post(app, zipped(**series(4)))
     assert (response.status_code, response.headers["Retry-After"]) == (503, "60")
     sentence = "The server is busy with other studies; try again in a minute."
     assert response.get_json()["error"] == sentence
@@ -284,19 +275,16 @@ def test_too_many_studies_are_told_to_come_back(tmp_path, monkeypatch):
 # Privacy
 
 
+UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID")
+TEXTS = """PatientName PatientID PatientAddress OtherPatientNames PatientComments InstitutionName
+    InstitutionAddress ReferringPhysicianName AccessionNumber StudyID StudyDescription
+    SeriesDescription ProtocolName OperatorsName StationName DeviceSerialNumber
+    RequestedProcedureDescription PerformingPhysicianName ImageComments"""
 SECRETS = {
-    "PatientName": "DOE^JANE", "PatientID": "PID-4711", "PatientBirthDate": "19500102",
-    "PatientAddress": "Elm Street 9", "OtherPatientNames": "ROE^JANE",
-    "PatientComments": "Likes tea", "InstitutionName": "Mercy Hospital",
-    "InstitutionAddress": "Hill Road 8", "ReferringPhysicianName": "HOUSE^GREG",
-    "AccessionNumber": "ACC-0815", "StudyID": "STUDY-77", "StudyDate": "20200304",
-    "SeriesDate": "20200305", "StudyTime": "112233.44", "StudyDescription": "Headache after fall",
-    "SeriesDescription": "T1 of Jane", "ProtocolName": "Jane protocol",
-    "OperatorsName": "WILSON^JIM", "StationName": "SCANNER-5", "DeviceSerialNumber": "SN-99887",
-    "StudyInstanceUID": "1.2.840.99.1", "SeriesInstanceUID": "1.2.840.99.2",
-    "SOPInstanceUID": "1.2.840.99.3", "FrameOfReferenceUID": "1.2.840.99.4",
-    "RequestedProcedureDescription": "MRI for Jane", "PerformingPhysicianName": "CUDDY^LISA",
-    "ImageComments": "Jane moved",
+    **{name: f"Secret-{n:02}" for n, name in enumerate(TEXTS.split())},
+    **{name: f"1.2.840.99.{n}" for n, name in enumerate(UIDS, 11)},
+    "PatientBirthDate": "19500102", "StudyDate": "20200304", "SeriesDate": "20200305",
+    "StudyTime": "112233.44",
 }
 
 
@@ -317,10 +305,9 @@ def test_no_value_of_a_patient_is_stored_logged_or_shown(app, send, caplog):
 
 
 @pytest.mark.parametrize("form", [{}, {"identifiers": "keep"}])
-def test_identifiers_are_kept_on_request_for_a_heatmap_that_can_be_filed(client, form):
+def test_identifiers_are_kept_on_request_for_a_heatmap_that_can_be_filed(client, send, form):
     """Without the request it belongs to no study."""
-    data = {"file": (io.BytesIO(dicom(deep(), **SECRETS)), "IM1")}
-    result = client.post("/upload", data=data | form).get_json()
+    result = send((dicom(deep(), **SECRETS), "IM1"), **form).get_json()
     url = f"/results/{result['id']}"
     capture = pydicom.dcmread(io.BytesIO(client.get(f"{url}/0/heatmap.dcm").data))
     assert capture.PatientID == (SECRETS["PatientID"] if form else "")
