@@ -255,7 +255,7 @@ def nifti(values, spacing=(1, 1, 5), kind=nibabel.Nifti1Image, order="<", **fiel
     return header.binaryblock.ljust(int(start), b"\0") + data
 
 
-def volume(shape=(40, 50, 60), zooms=(1, 1, 1), flip=False, extra=()):
+def volume(shape=(40, 50, 60), zooms=(1, 1, 1), flip=False):
     """A .nii of an ellipsoid head with one bright corner: towards right, front and top."""
     x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
     radius, corner = x**2 + y**2 + z**2, (x > 0.2) & (y > 0.2) & (z > 0.2)
@@ -264,8 +264,6 @@ def volume(shape=(40, 50, 60), zooms=(1, 1, 1), flip=False, extra=()):
     if flip:
         values = values[::-1].transpose(1, 0, 2)
         affine = affine[:, [1, 0, 2, 3]] * [[-1], [1], [1], [1]]
-    for n in extra:
-        values = np.stack([values] * n, -1)
     return nibabel.Nifti1Image(values.astype(np.float32), affine).to_bytes()
 
 

@@ -8,6 +8,7 @@ import struct
 import tracemalloc
 import zlib
 
+import gdcm
 import nibabel
 import numpy as np
 import phantoms
@@ -166,15 +167,16 @@ def half(value, kind):
     return values
 
 
+PADDING = {"PixelPaddingValue": -2000}
 PADDED = {
     f"{kind} {stored.min()} {tags}": dicom(stored, PhotometricInterpretation=kind, **tags)
     for kind in ("MONOCHROME1", "MONOCHROME2")
     for stored, tags in (
-        (half(-2000, np.int16), {"PixelPaddingValue": -2000}),
+        (half(-2000, np.int16), PADDING),
         (half(-32768, np.int16), {"PixelPaddingValue": -32768}),
         (half(-2000, np.int16), {"PixelPaddingValue": -1500, "PixelPaddingRangeLimit": -2100}),
         (half(65535, np.uint16), {"PixelPaddingValue": 65535}),
-        (half(-9, np.int16), {"PixelPaddingValue": -9, "WindowCenter": 500, "WindowWidth": 1000}),
+        (half(-2000, np.int16), PADDING | {"WindowCenter": 500, "WindowWidth": 1000}),
     )
 } | {
     f"{write.__name__} of {value}": write(half(value, np.float32))
@@ -297,6 +299,23 @@ def test_every_transfer_syntax_gives_the_same_scan(name):
     assert close(read_one(shipped(name)).pixels, read_one(shipped(PACKED[name])).pixels)
 
 
+def test_a_lossless_jpeg_of_16_bits_gives_the_same_scan(tmp_path):
+    """As scanners write it; GDCM packs it here."""
+    reader, writer = gdcm.ImageReader(), gdcm.ImageWriter()
+    change = gdcm.ImageChangeTransferSyntax()
+    reader.SetFileName(str(phantoms.put(tmp_path / "plain", dicom(deep()))))
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+    assert reader.Read()
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(tmp_path / "packed"))
+    assert writer.Write()
+    packed = read_one((tmp_path / "packed").read_bytes())
+    assert close(packed.pixels, read_one(dicom(deep())).pixels)
+
+
 def test_a_deflated_file_gives_the_same_scan():
     packed = dicom(deep(), uid.DeflatedExplicitVRLittleEndian)
     assert close(read_one(packed).pixels, read_one(dicom(deep())).pixels)
@@ -321,11 +340,11 @@ def test_a_dicom_file_is_known_by_its_content():
 
 
 WINDOW = {"WindowCenter": 1900, "WindowWidth": 1600}
-HALF_THE_WINDOW = {"WindowCenter": 1000, "WindowWidth": 800}
+NARROW = {"WindowCenter": 1000, "WindowWidth": 800}
 
 
 def test_the_window_of_the_file_is_applied_and_named():
-    scan = read_one(dicom(deep(), **HALF_THE_WINDOW))
+    scan = read_one(dicom(deep(), **NARROW))
     shown = ((deep().astype(float) - 600.5) / 799 * 255).clip(0, 255).astype(np.uint8)
     assert scan.window == (600, 1400) and close(scan.pixels[20:80, 20:80], shown[20:80, 20:80])
 
@@ -333,7 +352,7 @@ def test_the_window_of_the_file_is_applied_and_named():
 @pytest.mark.parametrize("stored, tags, same", [
     (deep(), {"WindowCenter": 60000, "WindowWidth": 10}, {}),  # beyond the values
     (deep(), {"WindowCenter": 1000, "WindowWidth": 50000}, {}),  # which would hide them all
-    (deep(), {"RescaleSlope": 2, "RescaleIntercept": -100} | WINDOW, HALF_THE_WINDOW),
+    (deep(), {"RescaleSlope": 2, "RescaleIntercept": -100} | WINDOW, NARROW),
     (4095 - deep(), {"PhotometricInterpretation": "MONOCHROME1"}, {}),
 ])
 def test_tags_that_come_to_the_same_show_the_same(stored, tags, same):
@@ -469,7 +488,7 @@ def test_the_plane_is_that_of_acquisition_the_one_chosen_or_all(plane, shown):
 
 
 def test_of_several_volumes_the_first_is_read_with_a_warning():
-    (scan, *_) = read_scans(volume((160, 160, 40), extra=(3,)), "dwi.nii", plane="axial")
+    (scan, *_) = read_scans(nifti(np.stack([VOLUME] * 3, -1), qform_code=1), "dwi.nii")
     assert scan.warnings[0] == "The file holds 3 volumes; the first was read."
 
 
