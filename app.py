@@ -1454,7 +1454,8 @@ class Finding:
     risk: str | None = None  # "low", "medium" or "high"
     tumor_probability: float | None = None
     probabilities: dict[str, float] | None = None
-    heat: np.ndarray | None = None  # float32 (14, 14), class activation map of `label`
+    evidence: str | None = None  # the tumor that `heat` speaks for, even if `label` is none
+    heat: np.ndarray | None = None  # float32 (14, 14), 1: what half of the outlined tumors reach
     reason: str | None = None
     warnings: tuple[str, ...] = ()
 
@@ -1539,8 +1540,9 @@ class Classifier:
         if unlike:
             verdict, risk = "uncertain", "medium"
         label = most_probable(by_label, verdict)
-        heat = np.asarray(heat[..., self.labels.index(label)], np.float32)
-        return Finding(verdict, label, risk, tumor_probability, by_label, heat)
+        evidence = most_probable(by_label, "tumor")
+        heat = np.float32(heat[..., self.labels.index(evidence)] / self.card["heat_scale"])
+        return Finding(verdict, label, risk, tumor_probability, by_label, evidence, heat)
 
 
 def why_rejected(scan, grey):
@@ -1668,7 +1670,8 @@ def read_card(data: bytes, path: pathlib.Path) -> dict:
         judge(0.5, **card["thresholds"])
         card["labels"].index(NO_TUMOR)
         {**card["figures"], **card["data"]["counts"], **card["confusion"]}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        1 / card["heat_scale"]
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         raise wrong_model(path, "has a card.json that cannot be read") from None
     return card
 
@@ -1714,6 +1717,7 @@ ID = re.compile(r"[A-Za-z0-9_-]{22}")  # secrets.token_urlsafe(16)
 FAST_PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # smaller than level 1 alone, faster
 GREYS = bytes(np.arange(256, dtype=np.uint8).repeat(3))  # a palette: Pillow tries no filters on it
 HEAT_COLOURS = {"black": (0, 0, 4), "mid": (188, 55, 84), "white": (252, 255, 164)}  # of `inferno`
+HEAT_FROM = 0.25  # evidence below it has no colour: a healthy head seldom has as much
 GONE = "This result does not exist or has been removed."
 
 
@@ -1770,6 +1774,7 @@ def scan_entry(upload_id: str, n: int, scan: Scan, finding: Finding) -> dict:
         "plane": scan.plane,
         "verdict": finding.verdict,
         "label": finding.label,
+        "evidence": finding.evidence,
         "risk": finding.risk,
         "tumor_probability": p,
         "probabilities": probabilities,
@@ -1806,17 +1811,25 @@ def png_of(picture: Image.Image, **options) -> bytes:
 
 
 def heatmap_of(folder: pathlib.Path, box: tuple[int, int, int, int]) -> Image.Image:
-    """The heatmap of a scan that keep_scan() kept, whose head lies in `box`."""
+    """The scan that keep_scan() kept, whose head lies in `box`, with the heat over it."""
+    with Image.open(folder / "scan.png") as picture:
+        return Image.alpha_composite(picture.convert("RGBA"), heat_of(folder, box)).convert("RGB")
+
+
+def heat_of(folder: pathlib.Path, box: tuple[int, int, int, int]) -> Image.Image:
+    """The heat of a scan that keep_scan() kept: RGBA, transparent where there is no evidence."""
     with Image.open(folder / "scan.png") as picture:
         pixels = np.asarray(picture.convert("L"))
     heat = np.fromfile(folder / "heat.f32", np.float32).reshape(14, 14)
-    levels = Image.fromarray((heat_levels(pixels, heat, box) * 255).astype(np.uint8))
-    colours, opacity = ImageOps.colorize(levels, **HEAT_COLOURS), levels.point(lambda v: 0.7 * v)
-    return Image.composite(colours, Image.fromarray(pixels).convert("RGB"), opacity)
+    shares = (heat_levels(pixels, heat, box) - HEAT_FROM) / (1 - HEAT_FROM)
+    levels = Image.fromarray((shares.clip(0, 1) * 255).astype(np.uint8))
+    coloured = ImageOps.colorize(levels, **HEAT_COLOURS)
+    coloured.putalpha(levels.point(lambda level: 0.7 * level))
+    return coloured
 
 
 def heat_levels(pixels: np.ndarray, heat: np.ndarray, box: tuple | None = None) -> np.ndarray:
-    """The heat of a label (14, 14) over the scan it came from: float32 (H, W), 0 to 1.
+    """The heat of a label (14, 14) over the scan it came from: float32 (H, W), not below 0.
 
     The map lies over the square that prepare() made; padding and crop are undone. `box` is
     head_box() of the pixels, where it is known.
@@ -1824,12 +1837,12 @@ def heat_levels(pixels: np.ndarray, heat: np.ndarray, box: tuple | None = None) 
     x0, y0, x1, y1 = box or head_box(pixels)
     width, height = x1 - x0, y1 - y0
     side = max(width, height)
-    warm = np.maximum(heat, 0).astype(np.float32) / max(float(heat.max()), 1e-6)
+    warm = np.maximum(heat, 0).astype(np.float32)
     resized = Image.fromarray(warm).resize((side, side), Image.Resampling.BICUBIC)
     left, top = (side - width) // 2, (side - height) // 2
     levels = np.zeros(pixels.shape, np.float32)
     levels[y0:y1, x0:x1] = np.asarray(resized)[top : top + height, left : left + width]
-    return levels.clip(0, 1)
+    return levels
 
 
 def secondary_capture(picture: Image.Image, identifiers: dict[str, str], n: int) -> bytes:
@@ -2259,6 +2272,12 @@ def heatmap_picture(upload_id: str, n: int) -> Response:
     return Response(png_of(load_heatmap(upload_id, n)), mimetype="image/png")
 
 
+@pages.get("/results/<upload_id>/<int:n>/heat.png")
+def heat_picture(upload_id: str, n: int) -> Response:
+    """The heat alone, to lay over the scan; also where the answer is no tumor."""
+    return Response(png_of(load_heatmap(upload_id, n, heat_of)), mimetype="image/png")
+
+
 @pages.get("/results/<upload_id>/<int:n>/heatmap.dcm")
 def heatmap_dicom(upload_id: str, n: int) -> Response:
     """The heatmap as a DICOM Secondary Capture."""
@@ -2269,12 +2288,14 @@ def heatmap_dicom(upload_id: str, n: int) -> Response:
     return Response(data, mimetype="application/dicom", headers=headers)
 
 
-def load_heatmap(upload_id: str, n: int) -> Image.Image:
-    """The heatmap of scan n of a result, or 404."""
+def load_heatmap(upload_id: str, n: int, draw: Callable = heatmap_of) -> Image.Image:
+    """The heatmap of scan n of a result, or 404; without heat if it shows no tumor."""
     folder, scans = scan_folder(upload_id, n, "heat.f32"), load_result(upload_id)["scans"]
     if n >= len(scans):
         abort(404, "There is no such picture in this result.")
-    return heatmap_of(folder, scans[n]["crop"])
+    if scans[n]["verdict"] == NO_TUMOR and draw is heatmap_of and "evidence" not in request.args:
+        return Image.open(folder / "scan.png").convert("RGB")
+    return draw(folder, scans[n]["crop"])
 
 
 def scan_folder(upload_id: str, n: int, name: str) -> pathlib.Path:
