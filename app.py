@@ -21,6 +21,7 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -1939,6 +1940,8 @@ def answer(classifier: Classifier, folder: pathlib.Path, result: dict, scans: li
     if cancelled:
         return end_early(folder, result, "cancelled")
     result |= {"status": "done", "progress": 1.0} | study_answers(result["scans"], classifier.card)
+    for found in result["studies"]:
+        found["label"] = likely_label([result["scans"][n] for n in found["highest"]], found)
     write_result(folder, result)
     return result
 
@@ -1970,6 +1973,14 @@ def study_answers(entries: list[dict], card: dict) -> dict:
     answers.sort(key=lambda found: -found["tumor_probability"])
     single = answers and len({study for study, _ in series}) == 1
     return {"studies": answers, "study": answers[0] if single else None}
+
+
+def likely_label(entries: list[dict], found: dict) -> str:
+    """The label of a series: by the mean probabilities of the slices that carry its answer."""
+    sums = Counter()
+    for entry in entries:
+        sums.update(entry["probabilities"])
+    return most_probable(sums, found["verdict"])
 
 
 def study_answer(entries: list[dict], card: dict) -> dict | None:
@@ -2189,16 +2200,31 @@ def load_result(upload_id: str) -> dict:
     return result
 
 
+ROWS = 50  # of the table on one page
+
+
 @pages.get("/results/<upload_id>")
 def result_page(upload_id: str) -> str:
-    """The answer for people: one scan, or a table of several, the most suspicious first."""
+    """The answer for people: one scan, or series of them with a table, ROWS at a time."""
     result = load_result(upload_id)
     if result["status"] == "done" and len(result["scans"]) == 1:
         return render_scan(result, 0)
-    scans = enumerate(result["scans"])
-    ranked = sorted(scans, key=lambda numbered: -(numbered[1]["tumor_probability"] or 0))
-    card = current_app.classifier.card
-    return render_template("results.html", result=result, ranked=ranked, card=card)
+    scans, page = list(enumerate(result["scans"])), request.args.get("page", 1, int)
+    if request.args.get("order") != "slice":
+        scans.sort(key=lambda numbered: -(numbered[1]["tumor_probability"] or 0))
+    known = {"result": result, "card": current_app.classifier.card, "series": series_of(result)}
+    known |= {"first": scans[:1], "pages": -(-len(scans) // ROWS), "page": page}
+    known["rows"] = scans[max(0, page - 1) * ROWS :][:ROWS]
+    return render_template("results.html", **known, example=screening_example(known["card"], True))
+
+
+def series_of(result: dict) -> list[tuple[dict | None, list[int]]]:
+    """Each series of a result: its answer, or None without one, and the numbers of its scans."""
+    numbers = {}
+    for n, entry in enumerate(result["scans"]):
+        numbers.setdefault((entry["study"], entry["series"]), []).append(n)
+    answers = {(found["study"], found["series"]): found for found in result["studies"]}
+    return [(answers.get(place), found) for place, found in numbers.items()]
 
 
 @pages.get("/results/<upload_id>/<int:n>")
@@ -2224,15 +2250,15 @@ def scale_position(p: float, low: float, high: float) -> float:
     return float(np.interp(p, (0, low, high, 1), (0, 1 / 3, 2 / 3, 1)))
 
 
-def screening_example(card: dict, people: int = 1000, ill: int = 10) -> dict | None:
-    """What an answer means where few have a tumor, from the card's figures; None without them."""
-    try:
-        figures = card["figures"]["Other hospitals"]
-        missed = ill * figures["tumors answered “no tumor”"]["value"]
-        alarmed = (people - ill) * figures["normals answered “tumor”"]["value"]
-    except KeyError:
+def screening_example(card: dict, study: bool = False) -> dict | None:
+    """What the verdicts mean where 10 of 1,000 people have a tumor; None where not measured."""
+    group, normals = ("Whole volumes", "healthy") if study else ("Other hospitals", "normals")
+    figures = card["figures"].get(group, {})
+    wrong = ("tumors answered “no tumor”", f"{normals} answered “tumor”")
+    if not all(name in figures for name in wrong):
         return None
-    return {"people": people, "ill": ill, "missed": missed, "alarmed": alarmed}
+    missed, alarmed = (figures[name]["value"] for name in wrong)
+    return {"people": 1000, "ill": 10, "missed": 10 * missed, "alarmed": 990 * alarmed}
 
 
 @pages.get("/results/<upload_id>.json")
@@ -2249,6 +2275,21 @@ def result_csv(upload_id: str) -> Response:
     write_csv(file, csv_columns(result["model"]["labels"]), rows)
     headers = {"Content-Disposition": f"attachment; filename={upload_id}.csv"}
     return Response(file.getvalue(), mimetype="text/csv", headers=headers)
+
+
+@pages.get("/results/<upload_id>.zip")
+def result_zip(upload_id: str) -> Response:
+    """Everything at once: CSV, JSON, and the heatmaps of the scans that show evidence."""
+    result = load_result(upload_id)
+    file = tempfile.TemporaryFile()  # noqa: SIM115  the response closes it
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("result.json", result_json(upload_id).data)
+        archive.writestr("result.csv", result_csv(upload_id).data)
+        for n, entry in enumerate(result["scans"]):
+            if entry["verdict"] in ("tumor", "uncertain"):
+                archive.writestr(f"heatmap_{n}.png", png_of(load_heatmap(upload_id, n)))
+    file.seek(0)
+    return send_file(file, "application/zip", True, f"{upload_id}.zip")
 
 
 @pages.get("/results/<upload_id>/<int:n>/scan.png")

@@ -92,9 +92,212 @@ if (form) {
   addEventListener("pageshow", () => busy("")); // coming back with the browser's button
 }
 
-const opacity = document.getElementById("opacity");
-if (opacity) {
-  const heat = document.getElementById("heat");
-  opacity.hidden = false;
-  opacity.addEventListener("input", (event) => (heat.style.opacity = event.target.value / 100));
+// The viewer: one large picture, moved through the slices of a series. Each bar of a strip is a link
+// to its slice and holds what is shown of it; a single answer has no strip, only the link below it.
+const viewer = document.getElementById("viewer");
+if (viewer) {
+  const [stack, layers, about] = [".stack", ".layers", ".about a"].map((found) => viewer.querySelector(found));
+  const control = (name) => viewer.querySelector(`[name=${name}]`);
+  const strips = [...document.querySelectorAll(".strip")].map((strip) => [...strip.querySelectorAll("a")]);
+  const urlOf = (link) => link.getAttribute("href");
+  const only = about.cloneNode(true);
+  const place = new Map(strips.flatMap((links) => links.map((link, at) => [urlOf(link), { links, at }])));
+  const start = place.get(urlOf(about)) ?? { links: [only], at: 0 };
+  const view = { ...start, overlay: viewer.dataset.overlay === "on", zoom: 1, x: 0, y: 0 };
+  const kept = new Map(); // the pictures of the slices last seen and of their neighbours
+  const alone = viewer.dataset.count === "1" && !strips.length;
+
+  const picture = (kind, src, alt) => Object.assign(new Image(), { className: kind, src, alt });
+
+  const picturesOf = (link) => {
+    const url = urlOf(link);
+    if (!kept.has(url)) {
+      const evidence = link.dataset.evidence;
+      kept.set(url, {
+        scan: picture("scan", `${url}/scan.png`, "The scan as it was read"),
+        heat: evidence && picture("heat", `${url}/heat.png`, `Heat: where the network saw evidence for ${evidence}`),
+      });
+    }
+    if (kept.size > 64) kept.delete(kept.keys().next().value);
+    return kept.get(url);
+  };
+
+  // Heat is for what the answer says: where that is "no tumor", only if the reader asks for it.
+  const hasHeat = (link) => view.overlay && link.dataset.evidence && (link.getAttribute("class") !== "no_tumor" || alone || control("asked")?.checked);
+
+  const draw = () => {
+    const link = view.links[view.at];
+    const { scan, heat } = picturesOf(link);
+    const wanted = hasHeat(link) ? [scan, heat] : [scan];
+    if (wanted.length !== layers.children.length || wanted.some((image, n) => image !== layers.children[n])) layers.replaceChildren(...wanted);
+    scan.style.filter = `brightness(${control("brightness").value}%) contrast(${control("contrast").value}%)`;
+    if (heat) heat.style.opacity = control("strength").value / 100;
+    layers.style.transform = `translate(${view.x}px, ${view.y}px) scale(${view.zoom})`;
+    stack.style.touchAction = view.zoom > 1 ? "none" : "pan-y";
+    control("overlay").setAttribute("aria-pressed", view.overlay);
+    viewer.dataset.overlay = view.overlay ? "on" : "off";
+  };
+
+  const mark = (link) => {
+    document.querySelector(".strip [aria-current]")?.removeAttribute("aria-current");
+    link.setAttribute("aria-current", "true");
+    about.textContent = link.querySelector("title").textContent;
+    about.href = urlOf(link);
+    about.className = link.getAttribute("class");
+    const evidence = viewer.querySelector(".evidence");
+    if (evidence) evidence.textContent = link.dataset.evidence ? `Evidence for ${link.dataset.evidence}, the same scale for every picture` : "No evidence measured";
+  };
+
+  const count = () => {
+    const [slider, total] = [control("slice"), view.links.length];
+    Object.assign(viewer.dataset, { slice: view.at, count: total });
+    if (!slider) return;
+    slider.max = total;
+    slider.value = view.at + 1;
+    slider.setAttribute("aria-valuetext", about.textContent);
+    viewer.querySelector("output").textContent = `${view.at + 1} of ${total}`;
+  };
+
+  const show = (at, links = view.links) => {
+    view.links = links;
+    view.at = Math.max(0, Math.min(links.length - 1, at));
+    if (!alone) mark(links[view.at]);
+    count();
+    draw();
+    for (const near of [view.at + 1, view.at - 1, view.at + 2]) if (links[near]) picturesOf(links[near]);
+  };
+
+  const step = (by) => show(view.at + by);
+
+  const zoom = (by) => {
+    view.zoom = Math.max(1, Math.min(16, view.zoom * by));
+    pan(0, 0);
+  };
+
+  const pan = (x, y) => {
+    const most = (stack.clientWidth * (view.zoom - 1)) / 2;
+    const within = (value) => Math.max(-most, Math.min(most, value));
+    Object.assign(view, { x: within(view.x + x), y: within(view.y + y) });
+    draw();
+  };
+
+  const reset = () => {
+    Object.assign(view, { zoom: 1, x: 0, y: 0 });
+    for (const name of ["brightness", "contrast", "strength"]) control(name).value = 100;
+    draw();
+  };
+
+  const toggle = () => {
+    view.overlay = !view.overlay;
+    draw();
+  };
+
+  const play = () => {
+    clearInterval(view.timer);
+    view.timer = view.timer ? 0 : setInterval(() => show((view.at + 1) % view.links.length), 100);
+    control("play")?.setAttribute("aria-pressed", Boolean(view.timer));
+  };
+
+  const shade = (name, by) => {
+    control(name).value = Number(control(name).value) + by;
+    draw();
+  };
+
+  // Keys: those that would scroll the page only while the viewer has the focus or the mouse.
+  const keys = {
+    ArrowRight: () => step(1), ArrowDown: () => step(1), ArrowLeft: () => step(-1), ArrowUp: () => step(-1),
+    PageDown: () => step(10), PageUp: () => step(-10), Home: () => show(0), End: () => show(Infinity),
+    h: toggle, "+": () => zoom(1.25), "=": () => zoom(1.25), "-": () => zoom(0.8), " ": play,
+  };
+  const ownKeys = "input, select, textarea, summary, button, a";
+  document.addEventListener("keydown", (event) => {
+    const act = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+    const here = viewer.contains(event.target) || (event.target === document.body && viewer.matches(":hover"));
+    const moves = event.key.length > 1 || event.key === " ";
+    if (!act || !here || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (moves && (alone || event.target.matches(ownKeys))) return;
+    event.preventDefault();
+    act();
+  });
+
+  stack.addEventListener("wheel", (event) => {
+    if (event.ctrlKey) zoom(event.deltaY < 0 ? 1.1 : 1 / 1.1); // a pinch on a touchpad
+    else if (view.links.length > 1) step(Math.sign(event.deltaY));
+    else return;
+    event.preventDefault();
+  }, { passive: false });
+
+  // One finger or the left button pans, two fingers pinch, the right button sets the grey levels.
+  const fingers = new Map();
+  const spread = () => {
+    const [one, two] = [...fingers.values()];
+    return Math.hypot(one.x - two.x, one.y - two.y);
+  };
+  stack.addEventListener("pointerdown", (event) => {
+    stack.setPointerCapture(event.pointerId);
+    fingers.set(event.pointerId, { x: event.clientX, y: event.clientY });
+  });
+  stack.addEventListener("pointermove", (event) => {
+    const last = fingers.get(event.pointerId);
+    if (!last) return;
+    const before = fingers.size === 2 ? spread() : 0;
+    const [across, down] = [event.clientX - last.x, event.clientY - last.y];
+    Object.assign(last, { x: event.clientX, y: event.clientY });
+    if (before) zoom(spread() / before);
+    else if (event.buttons & 2) {
+      shade("contrast", across / 2);
+      shade("brightness", -down / 2);
+    } else pan(across, down);
+  });
+  for (const kind of ["pointerup", "pointercancel"]) stack.addEventListener(kind, (event) => fingers.delete(event.pointerId));
+  stack.addEventListener("contextmenu", (event) => event.preventDefault());
+  stack.addEventListener("dragstart", (event) => event.preventDefault());
+  stack.addEventListener("dblclick", reset);
+
+  for (const [name, act] of Object.entries({ play, overlay: toggle, reset, larger: () => zoom(1.25), smaller: () => zoom(0.8) }))
+    control(name)?.addEventListener("click", act);
+  control("slice")?.addEventListener("input", (event) => show(event.target.value - 1));
+  for (const name of ["strength", "brightness", "contrast", "asked"]) control(name)?.addEventListener("input", draw);
+
+  // Links to a slice show it here: those of the strips, the series and the slices that carry the answer.
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest(".strip a, .series a, .trio a");
+    const found = link && place.get(urlOf(link));
+    if (!found || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    show(found.at, found.links);
+    viewer.scrollIntoView({ block: "nearest" });
+  });
+
+  viewer.tabIndex = 0;
+  viewer.querySelector(".controls").hidden = false;
+  if (!about.dataset.evidence) control("overlay").disabled = true;
+  kept.set(urlOf(about), { scan: layers.querySelector(".scan"), heat: layers.querySelector(".heat") ?? picturesOf(view.links[view.at]).heat });
+  show(view.at);
 }
+
+// While a study is read: its counts, and how long it will take at the speed seen so far.
+const running = document.getElementById("running");
+if (running) {
+  const began = { time: Date.now() };
+  const left = (progress) => {
+    began.progress ??= progress;
+    const seconds = ((Date.now() - began.time) / 1000) * ((1 - progress) / (progress - began.progress));
+    if (!Number.isFinite(seconds)) return "";
+    return seconds > 90 ? `; about ${Math.round(seconds / 60)} minutes left` : `; about ${Math.ceil(seconds / 5) * 5} seconds left`;
+  };
+  const update = async () => {
+    const response = await fetch(running.dataset.json).catch(() => null);
+    const result = response?.ok ? await response.json() : null;
+    if (response && result?.status !== "running") return location.reload();
+    if (result) {
+      running.querySelector("progress").value = result.progress;
+      running.querySelector("[role=status]").textContent = `${result.scans.length} of ${result.total}${left(result.progress)}`;
+      for (const each of document.querySelectorAll("[data-verdict]")) each.textContent = result.scans.filter((scan) => scan.verdict === each.dataset.verdict).length;
+    }
+    return setTimeout(update, 1000);
+  };
+  update();
+}
+
+for (const time of document.querySelectorAll("time")) time.textContent = new Date(time.dateTime).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
