@@ -144,8 +144,7 @@ if (viewer) {
     about.textContent = link.querySelector("title").textContent;
     about.href = urlOf(link);
     about.className = link.getAttribute("class");
-    const evidence = viewer.querySelector(".evidence");
-    if (evidence) evidence.textContent = link.dataset.evidence ? `Evidence for ${link.dataset.evidence}, the same scale for every picture` : "No evidence measured";
+    viewer.querySelector(".evidence").textContent = link.dataset.evidence ?? "a tumor";
   };
 
   const count = () => {
