@@ -21,6 +21,8 @@ if (form) {
     return empty ? `${empty.name} is empty; choose the file again.` : "";
   };
 
+  const label = (files) => (files.length ? `Analyze ${files.length} file${files.length > 1 ? "s" : ""}` : "Analyze");
+
   const complain = (sentence) => {
     error.textContent = sentence;
     error.hidden = !sentence;
@@ -43,6 +45,9 @@ if (form) {
   const look = () => {
     const files = chosen();
     complain(complaint(files));
+    button.textContent = label(files);
+    const total = files.reduce((sum, file) => sum + file.size, 0);
+    document.getElementById("chosen").textContent = files.length ? `${files.length} file${files.length > 1 ? "s" : ""}, ${total < 2 ** 20 ? `${Math.ceil(total / 1024)} kB` : `${megabytes(total)} MB`}` : "";
     previews.replaceChildren(...files.slice(0, 12).map(preview));
     if (files.length > 12) previews.append(Object.assign(document.createElement("li"), { textContent: `and ${files.length - 12} more` }));
   };
@@ -88,6 +93,17 @@ if (form) {
       if (kind !== "drop" || !event.dataTransfer.files.length) return;
       input.files = event.dataTransfer.files;
       look();
+    });
+  for (const example of document.querySelectorAll(".example"))
+    example.addEventListener("click", async (event) => {
+      event.preventDefault();
+      const blob = await (await fetch(example.href)).blob();
+      const files = new DataTransfer();
+      files.items.add(new File([blob], example.href.split("/").pop()));
+      for (const each of inputs) each.value = "";
+      input.files = files.files;
+      look();
+      form.requestSubmit();
     });
   addEventListener("pageshow", () => busy("")); // coming back with the browser's button
 }
@@ -300,3 +316,35 @@ if (running) {
 }
 
 for (const time of document.querySelectorAll("time")) time.textContent = new Date(time.dateTime).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
+
+// The last uploads of this browser, kept by it alone, until they are removed or too old.
+const uploads = {
+  read: () => JSON.parse(localStorage.getItem("uploads") ?? "[]"),
+  write: (list) => localStorage.setItem("uploads", JSON.stringify(list.slice(0, 10))),
+  forget: (url) => uploads.write(uploads.read().filter((upload) => upload.url !== url)),
+};
+const result = document.querySelector("[data-result]");
+if (result) {
+  const url = result.dataset.result;
+  const before = uploads.read().find((upload) => upload.url === url);
+  const title = document.querySelector("h1").textContent;
+  uploads.write([{ url, title, time: before?.time ?? Date.now() }, ...uploads.read().filter((upload) => upload.url !== url)]);
+  result.querySelector("form").addEventListener("submit", () => uploads.forget(url));
+}
+const last = document.getElementById("last");
+if (last) {
+  const young = uploads.read().filter((upload) => Date.now() - upload.time < last.dataset.hours * 3600000);
+  const entry = ({ url, title, time }) => {
+    const item = document.createElement("li");
+    const link = Object.assign(document.createElement("a"), { href: url, textContent: title });
+    item.append(link, ` ${new Date(time).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" })}`);
+    return item;
+  };
+  uploads.write(young);
+  last.hidden = !young.length;
+  last.querySelector("ul").replaceChildren(...young.map(entry));
+  last.querySelector("button").addEventListener("click", () => {
+    uploads.write([]);
+    last.hidden = true;
+  });
+}

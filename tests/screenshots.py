@@ -17,7 +17,7 @@ def main():
         page = browser.new_page(viewport={"width": 960, "height": 600})
         page.goto(f"http://127.0.0.1:{port}")
         page.get_by_label("Scans").set_input_files(phantoms)
-        page.get_by_role("button", name="Read the scan").click()
+        page.get_by_role("button", name="Analyze").click()
         page.wait_for_url("**/results/*")
         page.wait_for_load_state("networkidle")
         page.screenshot(path=ROOT / "static" / "screenshot.png", full_page=True)
