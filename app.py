@@ -8,6 +8,7 @@ joins them. Not a medical device.
 import contextlib
 import csv
 import datetime
+import fcntl
 import gzip
 import hashlib
 import io
@@ -76,6 +77,7 @@ DEFAULTS = {
     "KEEP_NAMES": 1,  # 0: results call the files "scan 1.jpg", "scan 2.jpg", …
     "THREADS": os.cpu_count() or 1,
     "CORS_ORIGINS": "",  # separated by commas
+    "CORRECTIONS": "",  # a folder for scans that readers label; the notebook trains on it
 }
 
 
@@ -1867,6 +1869,32 @@ def secondary_capture(picture: Image.Image, identifiers: dict[str, str], n: int)
     return file.getvalue()
 
 
+def keep_correction(folder: pathlib.Path, picture: bytes, label: str, patient: str) -> None:
+    """Add a picture with a reader's label, the last one given, to a folder for the notebook.
+
+    Neither the picture nor its row tells whose it is or where it came from.
+    """
+    name, manifest = f"{sha256(picture)[:32]}.png", folder / "manifest.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # against the other workers
+        rows = [row for row in read_corrections(folder) if row["path"] != name]
+        new = {"path": name, "label": label, "source": "corrections", "patient": patient}
+        (folder / name).write_bytes(picture)
+        partial = folder / ".manifest.csv"
+        with open(partial, "w", encoding="utf-8", newline="") as file:
+            write_csv(file, list(new), [*rows, new])
+        partial.replace(manifest)
+
+
+def read_corrections(folder: pathlib.Path) -> list[dict]:
+    """The rows of a folder of corrections."""
+    if not (folder / "manifest.csv").exists():
+        return []
+    with open(folder / "manifest.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def is_old(path: pathlib.Path, hours: float) -> bool:
     """Whether a path was changed more than `hours` ago, or in a future that a wrong clock set."""
     return abs(time.time() - path.stat().st_mtime) > hours * 3600
@@ -2347,6 +2375,22 @@ def scan_folder(upload_id: str, n: int, name: str) -> pathlib.Path:
     return folder
 
 
+@pages.post("/results/<upload_id>/<int:n>/label")
+def correct(upload_id: str, n: int) -> Response:
+    """Keep scan n with the label that its reader gives it, where the server keeps such."""
+    folder, label = current_app.config["CORRECTIONS"], request.form.get("label")
+    if not folder:
+        abort(404, "This server keeps no corrections.")
+    labels = (*current_app.classifier.labels, "tumor")
+    if label not in labels:
+        abort(400, f"The label has to be one of {', '.join(labels)}.")
+    picture = (scan_folder(upload_id, n, "scan.png") / "scan.png").read_bytes()
+    study = load_result(upload_id)["scans"][n]["study"]
+    patient = sha256(f"{upload_id} {study or n}".encode())[:16]  # keeps one study in one part
+    keep_correction(pathlib.Path(folder), picture, label, patient)
+    return redirect(url_for(".scan_page", upload_id=upload_id, n=n, kept=label), 303)
+
+
 @pages.post("/results/<upload_id>/cancel")
 def cancel(upload_id: str) -> Response:
     """Stop an upload that is being answered, by whichever server; nothing of it is kept."""
@@ -2368,6 +2412,9 @@ def model_page() -> str:
     """What the model was trained on and how well it did."""
     card = current_app.classifier.card
     shown = {"mistakes": mistakes(card), "groups": figure_groups(card["figures"])}
+    corrections = current_app.config["CORRECTIONS"]
+    kept = read_corrections(pathlib.Path(corrections)) if corrections else []
+    shown["corrections"] = Counter(row["label"] for row in kept)
     return render_template("model.html", card=card, model=current_app.classifier.summary, **shown)
 
 

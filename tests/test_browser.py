@@ -10,9 +10,16 @@ from playwright.sync_api import sync_playwright
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def corrections(tmp_path_factory):
+    """The folder in which the app keeps what readers say."""
+    return tmp_path_factory.mktemp("corrections")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory, corrections):
     """The address of the app, served on loopback."""
-    with served(make_app(tmp_path_factory.mktemp("uploads"))) as port:
+    app = make_app(tmp_path_factory.mktemp("uploads"), CORRECTIONS=str(corrections))
+    with served(app) as port:
         yield f"http://127.0.0.1:{port}"
 
 
@@ -274,6 +281,23 @@ def test_an_example_is_one_click_and_the_browser_remembers_it(page, address):
     page.get_by_role("button", name="Forget the list").click()
     page.reload()
     assert page.locator("#last").is_hidden()
+
+
+def test_the_reader_has_the_last_word(page, corrections, address):
+    """One row per picture, without its name, with the label given last; /model counts them."""
+    answered(page, picture("JaneDoe.png", encode(phantom(77, lesion=True))))
+    before = len(list(corrections.glob("*.png")))
+    for label in ("meningioma", "pituitary tumor"):
+        page.get_by_role("button", name=label).click()
+        page.get_by_text(f"Kept as {label}.").wait_for()
+    rows = (corrections / "manifest.csv").read_text().splitlines()
+    assert rows[0] == "path,label,source,patient"
+    assert len(rows) - 1 == len(list(corrections.glob("*.png"))) == before + 1
+    name, label, source, _ = rows[-1].split(",")
+    assert (label, source, (corrections / name).exists()) == ("pituitary", "corrections", True)
+    assert "JaneDoe" not in "".join(rows)
+    page.goto(f"{address}/model")
+    assert page.get_by_text("Labels kept on this server: pituitary 1.").is_visible()
 
 
 def test_what_was_chosen_is_counted_before_it_is_sent(page):
