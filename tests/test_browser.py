@@ -1,7 +1,10 @@
 """The form in a real headless Chromium, as a visitor uses it."""
 
+import io
+import json
 import os
 import re
+import zipfile
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -237,7 +240,7 @@ def test_the_strip_is_the_map(page, viewer):
     assert state(viewer)[0] == "3"
     marked = page.locator(".strip [aria-current=true]")
     assert marked.get_attribute("href") == bars.nth(3).get_attribute("href")
-    assert page.locator(".about").inner_text() == bars.nth(3).locator("title").inner_html()
+    assert page.locator(".about").text_content() == bars.nth(3).locator("title").text_content()
 
 
 def test_each_series_has_its_strip_and_opens_from_the_list(page):
@@ -261,6 +264,28 @@ def test_a_study_is_read_without_script(browser, address):
     page.wait_for_url("**/results/*/*")
     assert page.locator("article").count() == 1
     context.close()
+
+
+def test_the_page_of_363_slices_weighs_less_than_200_kb(tmp_path):
+    app = make_app(tmp_path)
+    client = app.test_client()
+    files = [(io.BytesIO(data), name) for name, data in series(8).items()]
+    result = client.post("/upload", data={"file": files}).get_json()
+    result["scans"] = [result["scans"][n % 8] for n in range(363)]
+    (tmp_path / result["id"] / "result.json").write_text(json.dumps(result))
+    for query in ("", "?page=8", "?order=slice&page=2"):
+        shown = client.get(f"/results/{result['id']}{query}").text
+        assert len(shown.encode()) < 200_000
+        assert shown.count('class="file"') == (13 if query == "?page=8" else 50)
+
+
+def test_everything_comes_as_one_zip(page, viewer):
+    """Table, JSON, and the heatmap of each slice that is not answered "no tumor"."""
+    with page.expect_download() as download:
+        page.get_by_text("Everything as ZIP").click()
+    names = zipfile.ZipFile(download.value.path()).namelist()
+    warm = page.locator(".strip .tumor, .strip .uncertain").count()
+    assert sorted(names)[-2:] == ["result.csv", "result.json"] and len(names) == 2 + warm
 
 
 def test_a_running_study_counts_up_without_a_reload(page):

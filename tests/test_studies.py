@@ -100,7 +100,7 @@ def test_a_result_of_two_studies_says_so_on_top(app, monkeypatch):
     sentence = "These scans belong to 2 patients or studies; each is answered on its own."
     assert (result["warnings"], result["study"], len(result["studies"])) == ([sentence], None, 2)
     page = app.test_client().get(f"/results/{result['id']}").text
-    assert sentence in page and "study 1, series 1, 3 scans" in page and "study 2" in page
+    assert sentence in page and "Study 1, series 1" in page and "3 slices" in page and "Study 2" in page
 
 
 # Life
@@ -150,7 +150,7 @@ def test_a_large_study_is_answered_at_once_and_fills(study_app, monkeypatch):
     assert [scan["file"] for scan in done["scans"]] == [f"IM{7 * n % 8:04}" for n in range(8)]
     assert done["progress"] == 1.0 and done["study"]["risk"] in ("low", "medium", "high")
     page = client.get(f"/results/{result['id']}").text
-    assert "http-equiv" not in page and "highest tumor probabilities" in page
+    assert "http-equiv" not in page and "highest mean tumor probability" in page
 
 
 def test_every_upload_has_one_and_the_same_form(study_app):
