@@ -1496,7 +1496,7 @@ class Classifier:
         if width != len(self.labels):
             labels = ", ".join(self.labels)
             raise wrong_model(path, f"gives {width} numbers per scan, but its labels are {labels}")
-        self.gate, self.unlike = read_gate(self.card, outputs["embedding"], path)
+        self.gate, self.unlike = read_gate(self.card, outputs, path)
         self.summary = {"sha256": self.sha256, "engine": self.engine, "labels": self.labels}
 
     def infer(self, prepared: np.ndarray) -> dict[str, np.ndarray]:
@@ -1516,16 +1516,14 @@ class Classifier:
         """The Finding for a scan."""
         prepared = prepare(scan.pixels, scan.box)
         outputs = {name: values[0] for name, values in self.infer(prepared[None]).items()}
-        grey, embedding = prepared[..., 0], outputs["embedding"]
-        score = math.inf
-        if self.gate:
-            score = gate_score(self.gate, gate_features(self.gate["scale"], embedding, grey))
-        reason = why_rejected(scan, grey)
+        score = gate_score(self.gate, outputs["texture"]) if self.gate else math.inf
+        reason = why_rejected(scan, prepared[..., 0])
         if not reason and self.gate and score < self.gate["refuse"]:
             reason = "This does not look like a slice of a brain MRI."
         if reason:
             return Finding("rejected", reason=reason)
-        unlike = self.unlike and unlikeness(self.unlike, embedding) > self.unlike["limit"]
+        distance = self.unlike and unlikeness(self.unlike, outputs["embedding"])
+        unlike = self.unlike and distance > self.unlike["limit"]
         finding = self.finding(outputs["probabilities"], outputs["heat"], unlike)
         outside = finding.label != NO_TUMOR and outside_head(prepared, finding.heat) > 0.5
         warnings = {
@@ -1565,39 +1563,28 @@ def why_rejected(scan, grey):
     return None
 
 
-def read_gate(card: dict, embedding: np.ndarray, path: pathlib.Path) -> tuple:
-    """(gate, unlike) of a card as arrays, tried on embeddings (N, D); None where it has none."""
+def read_gate(card: dict, outputs: dict[str, np.ndarray], path: pathlib.Path) -> tuple:
+    """(gate, unlike) of a card as arrays, tried on the outputs of the network; None if absent."""
     try:
         gate, unlike = (
             card.get(part) and {name: np.asarray(card[part][name], np.float32) for name in names}
             for part, names in (("gate", GATE), ("unlike", UNLIKE))
         )
-        nothing = np.zeros((len(embedding), SIDE, SIDE))
-        tried = [unlikeness(unlike, embedding)] if unlike else []
-        if gate:
-            tried.append(gate_score(gate, gate_features(gate["scale"], embedding, nothing)))
-        if any(values.shape != embedding.shape[:1] for values in tried):
-            raise ValueError("not one number for each embedding")
+        tried = [unlikeness(unlike, outputs["embedding"])] if unlike else []
+        tried += [gate_score(gate, outputs["texture"])] if gate else []
+        if any(values.shape != (len(outputs["probabilities"]),) for values in tried):
+            raise ValueError("not one number for each scan")
     except (ValueError, KeyError, TypeError, AttributeError):
-        width = embedding.shape[1]
-        raise wrong_model(path, f"has a gate that does not fit an embedding of {width}") from None
+        raise wrong_model(path, "has a gate that does not fit its network") from None
     return gate, unlike
 
 
-def gate_features(scale: float, embedding: np.ndarray, grey: np.ndarray) -> np.ndarray:
-    """What the gate looks at, (..., D + 196): embedding (..., D) and thumbnail of grey (..., H, W).
+def gate_score(gate: dict, texture: np.ndarray) -> np.ndarray:
+    """How much textures (..., D) look like brain MRI, (...,): a logistic regression.
 
-    The logarithm takes out the scale of the embedding; the thumbnail says where things are, which
-    the embedding's pooling has lost.
+    The texture is what blocks 3 and 4 see, averaged over the scan; its logarithm takes out scale.
     """
-    cells = grey.reshape(*grey.shape[:-2], 14, SIDE // 14, 14, SIDE // 14).mean((-3, -1)) / 255
-    cells = cells.reshape(*grey.shape[:-2], -1)
-    return np.concatenate([np.log1p(scale * embedding), cells], axis=-1)
-
-
-def gate_score(gate: dict, features: np.ndarray) -> np.ndarray:
-    """How much gate_features() (..., F) look like brain MRI, (...,): a logistic regression."""
-    return features @ gate["weights"] + gate["bias"]
+    return np.log1p(gate["scale"] * texture) @ gate["weights"] + gate["bias"]
 
 
 def unlikeness(unlike: dict, embedding: np.ndarray) -> np.ndarray:
@@ -1692,7 +1679,7 @@ def litert(network: bytes, threads: int, path: str | pathlib.Path = "model.keras
         raise wrong_model(path, "holds a network that cannot be read") from None
     if shape != (-1, SIDE, SIDE, 3):
         raise wrong_model(path, f"takes scans {shape}, not (-1, {SIDE}, {SIDE}, 3)")
-    if not outputs >= {"probabilities", "heat", "embedding"}:
+    if not outputs >= {"probabilities", "heat", "embedding", "texture"}:
         raise wrong_model(path, f"holds a network that gives only {', '.join(sorted(outputs))}")
     return lambda prepared: runner(scan=prepared.astype(np.float32))
 
@@ -2037,10 +2024,11 @@ def series_probability(p, areas, head, stretch):
     """(tumor probability, the slices that carry it, how many counted) of a series in order.
 
     p (n,): of its slices; areas (n,): of their heads' boxes. Slices whose head is below the share
-    `head` of the largest do not count. The probability is the highest mean over a stretch of
-    consecutive slices, `stretch` of those that count: a tumor spans slices, a lone peak does not.
+    `head` of the upper quartile do not count (the largest box may be that of noise beyond the
+    head). The probability is the highest mean over a stretch of consecutive slices, `stretch` of
+    those that count: a tumor spans slices, a lone peak does not.
     """
-    counted = np.flatnonzero(areas >= head * areas.max())
+    counted = np.flatnonzero(areas >= head * np.quantile(areas, 0.75))
     length = max(1, round(stretch * len(counted)))
     means = np.convolve(p[counted], np.full(length, 1 / length), "valid")
     within = counted[means.argmax() : means.argmax() + length]

@@ -124,15 +124,10 @@ def test_the_gate_rejects_what_lies_below_its_threshold(classifier, monkeypatch)
     assert finding == Finding("rejected", reason="This does not look like a slice of a brain MRI.")
 
 
-def test_the_gate_sees_what_is_there_and_where():
-    """The embedding has lost the places; a picture upside down is told by its thumbnail."""
-    embedding, grey = np.full(512, 0.5), prepare(phantom(1, lesion=True))[..., 0]
-    both = np.stack([embedding] * 2), np.stack([grey, grey[::-1]])
-    upright, turned = web.gate_features(2.0, *both)
-    assert upright.shape == (512 + 196,)
-    assert (web.gate_features(2.0, embedding, grey) == upright).all()
-    assert (upright[:512] == np.log(2)).all() and (turned[:512] == np.log(2)).all()
-    assert np.abs(upright[512:] - turned[512:]).max() > 0.1
+def test_the_gate_weighs_the_texture():
+    """By hand: log(1 + 2 * 0.5) = log 2 at each of three places, weighed, plus the bias."""
+    gate = {"scale": 2.0, "weights": np.array([1.0, 2.0, -4.0]), "bias": 0.25}
+    assert web.gate_score(gate, np.full((2, 3), 0.5)) == pytest.approx(0.25 - np.log(2))
 
 
 def test_what_is_no_scan_gets_no_diagnosis(classifier):
@@ -141,7 +136,9 @@ def test_what_is_no_scan_gets_no_diagnosis(classifier):
     files = [encode(pixels) for pixels in drawn]
     files.append((ROOT / "static" / "screenshot.png").read_bytes())
     findings = classifier.classify([read_scans(data, "drawn.png")[0] for data in files])
-    assert {finding.verdict for finding in findings} <= {"rejected", "uncertain"}
+    verdicts = [finding.verdict for finding in findings]
+    assert set(verdicts) <= {"rejected", "uncertain"}
+    assert verdicts.count("rejected") >= 0.75 * len(verdicts)
 
 
 def test_real_scans_pass_the_gate_and_mostly_get_their_verdict(classifier, real_scans):
@@ -179,9 +176,9 @@ EXPORT = 'run Brainmodel.ipynb to its part "Export", which adds them.'
     ({"card.json": changed_card(thresholds={"low": 0.1})},
      f"has a card.json that cannot be read; {AGAIN}"),
     ({"card.json": changed_card(gate=dict.fromkeys(web.GATE, [[1.0]]))},
-     f"has a gate that does not fit an embedding of 512; {AGAIN}"),
+     f"has a gate that does not fit its network; {AGAIN}"),
     ({"card.json": changed_card(gate={"weights": [1.0], "bias": 0, "threshold": 0})},
-     f"has a gate that does not fit an embedding of 512; {AGAIN}"),
+     f"has a gate that does not fit its network; {AGAIN}"),
 ])
 def test_a_model_file_that_cannot_serve_is_named_in_one_sentence(tmp_path, spoil, sentence):
     path = tmp_path / "model.keras"

@@ -58,6 +58,7 @@ def test_a_slice_gets_the_same_pixels_alone_and_in_its_study():
     ([(0.1, 100), (0.2, 100), (None, 100), (0.8, 100), (0.9, 100), (1.0, 30)],
      0.85, "tumor", [4, 3], 4),  # of the largest stretch; the small head at the end is no brain
     ([(0.1, 100), (1.0, 100), (0.1, 100), (0.1, 100)], 0.55, "uncertain", [1, 0], 4),  # a lone peak
+    ([(0.1, 100), (0.1, 100), (0.9, 100), (0.9, 100), (0.1, 400)], 0.9, "tumor", [2, 3], 5),  # noise
 ])
 def test_the_rule_for_a_series_is_the_highest_mean_of_consecutive_slices(
         slices, probability, verdict, highest, counted):
