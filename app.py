@@ -2643,7 +2643,9 @@ def cluster(scheduler: str | None, workers: int | None = None) -> Iterator:
             stack.enter_context(dask.config.set(profiler))
             processes = {"n_workers": workers or os.cpu_count(), "threads_per_worker": 1}
             calm = {"dashboard_address": None, "silence_logs": logging.ERROR}
-            scheduler = stack.enter_context(LocalCluster(**processes, **calm))
+            any_port = {"dashboard_address": "127.0.0.1:0"}  # another cluster may have Dask's own
+            local = LocalCluster(**processes, **calm, scheduler_kwargs=any_port)
+            scheduler = stack.enter_context(local)
         yield stack.enter_context(Client(scheduler))
 
 

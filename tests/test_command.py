@@ -1,12 +1,15 @@
 """What `flask classify` promises for folders of any size, on a Dask cluster of this machine."""
 
+import contextlib
 import csv
 import io
 import os
 import pathlib
 import signal
+import socket
 import sys
 import threading
+import warnings
 
 import pytest
 from phantoms import deep, dicom, encode, phantom, put, series, until, volume, zipped
@@ -187,3 +190,16 @@ def test_names_that_are_no_utf_8_or_begin_like_a_formula_end_nothing(app, tmp_pa
         assert sorted(row["path"] for row in rows) == ["'=1+1.png", "bad\\xff.png", "d\\xe9.png"]
         assert sum(bool(row["verdict"]) for row in rows) == 2
     assert len(printed(app, ".")) == 3
+
+
+def test_a_cluster_starts_beside_another():
+    """Dask's own port is taken, of which it would warn."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("error", "Port")
+        taken = stack.enter_context(socket.socket())
+        with contextlib.suppress(OSError):  # then somebody else has it
+            taken.bind(("127.0.0.1", 8787))
+            taken.listen()
+        client = stack.enter_context(web.cluster(None, 1))
+        assert client.submit(max, 1, 2).result() == 2
