@@ -1707,7 +1707,7 @@ ID = re.compile(r"[A-Za-z0-9_-]{22}")  # secrets.token_urlsafe(16)
 FAST_PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # smaller than level 1 alone, faster
 GREYS = bytes(np.arange(256, dtype=np.uint8).repeat(3))  # a palette: Pillow tries no filters on it
 HEAT_COLOURS = {"black": (0, 0, 4), "mid": (188, 55, 84), "white": (252, 255, 164)}  # of `inferno`
-HEAT_FROM = 0.25  # evidence below it has no colour: a healthy head seldom has as much
+HEAT_FROM = 0.25  # evidence below it has no colour; chosen by eye, not measured
 GONE = "This result does not exist or has been removed."
 
 

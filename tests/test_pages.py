@@ -211,6 +211,14 @@ def test_the_parts_of_a_figure_and_the_families_left_out_are_its_rows():
         (families, {}, {"brats": {"AUROC": 0.9}, "oasis": {"AUROC": 0.8}}, ["AUROC"])]
 
 
+@pytest.mark.parametrize("name, seed, lesion", [("phantom", 4, False), ("phantom_with_spot", 1, True)])
+def test_the_examples_are_drawn_and_of_no_patient(name, seed, lesion):
+    """They are what this repository draws, but for the JPEG."""
+    with Image.open(ROOT / "static" / f"{name}.jpg") as picture:
+        difference = np.asarray(picture.convert("L"), float) - phantom(seed, lesion=lesion, side=384)
+    assert np.abs(difference).mean() < 2
+
+
 def test_a_page_without_pictures_weighs_less_than_60_kb(client, result):
     names = ("style.css", "app.js", "icon.svg")
     shared = sum((ROOT / "static" / name).stat().st_size for name in names)
