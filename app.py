@@ -1977,17 +1977,22 @@ def study_answers(entries: list[dict], card: dict) -> dict:
 
     `study` is the first of them, or None where there is none or several studies were sent.
     """
-    series, answers = {}, []
-    for n, entry in enumerate(entries):
-        if entry["series"]:
-            series.setdefault((entry["study"], entry["series"]), []).append(n)
+    series, answers = by_series(entries), []
     for (study, name), places in series.items():
-        if found := study_answer([entries[n] for n in places], card):
+        if name and (found := study_answer([entries[n] for n in places], card)):
             found["highest"] = [places[n] for n in found["highest"]]
             answers.append({"study": study, "series": name, "slices": len(places)} | found)
     answers.sort(key=lambda found: -found["tumor_probability"])
-    single = answers and len({study for study, _ in series}) == 1
+    single = answers and len({study for study, name in series if name}) == 1
     return {"studies": answers, "study": answers[0] if single else None}
+
+
+def by_series(entries: list[dict]) -> dict[tuple, list[int]]:
+    """The numbers of the entries of each (study, series); single pictures have no series."""
+    numbers = {}
+    for n, entry in enumerate(entries):
+        numbers.setdefault((entry["study"], entry["series"]), []).append(n)
+    return numbers
 
 
 def likely_label(entries: list[dict], found: dict) -> str:
@@ -2236,11 +2241,9 @@ def result_page(upload_id: str) -> str:
 
 def series_of(result: dict) -> list[tuple[dict | None, list[int]]]:
     """Each series of a result: its answer, or None without one, and the numbers of its scans."""
-    numbers = {}
-    for n, entry in enumerate(result["scans"]):
-        numbers.setdefault((entry["study"], entry["series"]), []).append(n)
     answers = {(found["study"], found["series"]): found for found in result["studies"]}
-    return [(answers.get(place), found) for place, found in numbers.items()]
+    numbers = by_series(result["scans"])
+    return [(answers.get(place), places) for place, places in numbers.items()]
 
 
 @pages.get("/results/<upload_id>/<int:n>")
@@ -2296,14 +2299,15 @@ def result_csv(upload_id: str) -> Response:
 @pages.get("/results/<upload_id>.zip")
 def result_zip(upload_id: str) -> Response:
     """Everything at once: CSV, JSON, and the heatmaps of the scans that show evidence."""
-    result = load_result(upload_id)
+    result, folder = load_result(upload_id), result_folder(upload_id)
     file = tempfile.TemporaryFile()  # noqa: SIM115  the response closes it
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("result.json", result_json(upload_id).data)
         archive.writestr("result.csv", result_csv(upload_id).data)
         for n, entry in enumerate(result["scans"]):
             if entry["verdict"] in ("tumor", "uncertain"):
-                archive.writestr(f"heatmap_{n}.png", png_of(load_heatmap(upload_id, n)))
+                heatmap = heatmap_of(folder / str(n), entry["crop"])
+                archive.writestr(f"heatmap_{n}.png", png_of(heatmap))
     file.seek(0)
     return send_file(file, "application/zip", True, f"{upload_id}.zip")
 
