@@ -109,16 +109,13 @@ PLANES = ("sagittal", "coronal", "axial")  # across the patient's x, y and z
 class UnreadableScan(ValueError):
     """A file no scan can be read from; the message is for its sender, `status` for HTTP."""
 
-    def __init__(self, message, status=415):
+    def __init__(self, message: str, status: int = 415):
         super().__init__(message)
         self.status = status
 
 
 class TooMuch(UnreadableScan):
     """A limit of the whole upload is reached, so none of it is read."""
-
-    def __init__(self, message):
-        super().__init__(message, 413)
 
 
 class Limits(NamedTuple):
@@ -164,7 +161,7 @@ class Scan:
     window: tuple[float, float] | None = None  # the stored values shown as black and as white
     colour: float = 0.0  # mean distance between the largest and smallest of R, G, B; 0 to 255
     position: float = 0.0  # along the series, in mm where the file says so
-    copies: tuple = ()  # what two slices of a series share only if they are the same one
+    instance: tuple | None = None  # the same in two slices of a series only if they are one
     study_key: str | None = None  # a hash that is the same for all files of a patient's study
     series_key: str | None = None  # and one for all files of the series
     identifiers: dict[str, str] | None = None  # of the study; only if the sender asks for them
@@ -182,13 +179,17 @@ class Scan:
 
 # ------------------------------------------------------------------------------- uploads
 
-SMALLEST_SIDE = 32
-LONGEST = 16  # times as long as wide, at most
+SMALLEST_SIDE, LONGEST = 32, 16  # pixels; times as long as wide, at most
 EXPANSION = 20  # times as large as sent may an upload be when unpacked,
 ALWAYS_UNPACKED = 96 * 2**20  # but always this many bytes
 SECONDS, SECONDS_PER_MB = 3.5, 0.8  # of one core, for reading one upload
 LOOKERS = min(4, os.cpu_count() or 1)  # threads that look at scans while the next ones are read
 ACCEPTED = "a DICOM, NIfTI, JPEG, PNG, WEBP, BMP or TIFF file, or a ZIP of them"
+TOO_MUCH = {
+    "scans": "{name} has {count} {what}, but only {left} more scans are allowed; send fewer.",
+    "files": "{name} holds {count} files, but at most {left} are read.",
+}
+TOO_LARGE = "{name} is larger than {most} MB when unpacked; send it in parts."
 
 
 def read_scans(
@@ -204,7 +205,7 @@ def read_scans(
 
 
 def read_upload(
-    files: list[tuple[str, bytes]],
+    files: Iterable[tuple[str, bytes]],
     limits: Limits = LIMITS,
     plane: str | None = None,
     identifiers: bool = False,
@@ -214,91 +215,91 @@ def read_upload(
     A file that is no scan is left out; it raises UnreadableScan if there is no other. The
     identifiers of a study are read only if they are asked for.
     """
-    budget, excuses = Budget(limits, sum(len(data) for _, data in files)), []
+    reading = Reading(sum(len(data) for _, data in files), limits, plane, identifiers)
+    named = ((plain_name(name), data) for name, data in files)
     with quiet(), ThreadPoolExecutor(LOOKERS) as pool:
-        found = read_files(files, budget, excuses, plane, identifiers)
-        scans = list(pool.map(look_at, found))
-    if excuses and not scans:
-        raise excuses[0][1]
+        scans = list(pool.map(look_at, read_files(named, reading)))
+    if reading.excuses and not scans:
+        raise UnreadableScan(*reading.excuses[0][1:])
     scans, left_out = sort_series(scans)
-    return scans, [Skipped(plain_name(name), str(why)) for name, why in excuses] + left_out
+    return scans, [Skipped(name, why) for name, why, _ in reading.excuses] + left_out
 
 
-def read_files(files, budget, excuses, plane, identifiers):
-    """Yield the scans in files; (name, UnreadableScan) of a file without any goes to `excuses`."""
-    for name, data in unpack(files, budget, excuses):
-        left = budget.scans
-        try:
-            yield from read_file(data, plain_name(name), budget, plane, identifiers)
-        except TooMuch:
-            raise
-        except UnreadableScan as excuse:
-            budget.scans = left
-            excuses.append((name, excuse))
+def read_files(files, reading, depth=0):
+    """Yield the scans in files, in the ZIPs among them, and in the ZIPs within these."""
+    for name, data in files:
+        with reading.file(name):
+            if data[:4] not in (b"PK\x03\x04", b"PK\x05\x06"):  # the second one holds nothing
+                yield from read_file(data, name, reading)
+            elif depth == 2:
+                raise UnreadableScan(f"{name} lies too deep, in a ZIP within a ZIP; unpack it.")
+            else:
+                yield from read_files(members(data, name, reading), reading, depth + 1)
 
 
-def read_file(data, name, budget, plane, identifiers):
+def read_file(data, name, reading):
     """The scans of one file that is no ZIP."""
-    budget.check_time(name)
+    reading.check_time(name)
     if not data:
         raise UnreadableScan(f"{name} is empty; choose the file again.", 400)
     if data[:2] == b"\x1f\x8b":
-        data = gunzip(data, name, budget)
+        data = gunzip(data, name, reading)
     unmarked = data[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x08") and b"\x00" in data[2:4]
     if data[128:132] == b"DICM" or unmarked:
-        return read_dicom(data, name, budget, identifiers)
+        return read_dicom(data, name, reading)
     if data[344:347] == b"n+1" or data[4:7] == b"n+2":
-        return read_nifti(data, name, budget, plane)
+        return read_nifti(data, name, reading)
     if data[344:347] == b"ni1":
         raise UnreadableScan(f"{name} is half of a NIfTI pair; save the volume as one .nii file.")
     if data[:4] in TIFF_STARTS:
-        return read_tiff(data, name, budget)
-    return read_picture(data, name, budget)
+        return read_tiff(data, name, reading)
+    return [read_picture(data, name, reading)]
 
 
-class Budget:
-    """What one upload may still cost: told from headers and counts, before the work is done.
+class Reading:
+    """One upload while it is read: what is asked for, what it may still cost, what is left out.
 
-    A small upload gets less than the limits, so that no small file can cost much.
+    Costs are told from headers and counts, before the work is done. A small upload gets less than
+    the limits, so that no small file can cost much.
     """
 
-    def __init__(self, limits, sent):
+    def __init__(self, sent, limits, plane, identifiers):
         """For an upload of `sent` bytes."""
-        self.limits, self.scans, self.files = limits, limits.scans, limits.files
+        self.limits, self.plane, self.identifiers, self.excuses = limits, plane, identifiers, []
         self.most = min(limits.unpacked, max(ALWAYS_UNPACKED, EXPANSION * sent))
-        self.unpacked = self.decoded = self.most
+        self.left = limits._asdict() | {"unpacked": self.most, "decoded": self.most}
         self.until = time.thread_time() + max(SECONDS, SECONDS_PER_MB * sent / 1e6)
+
+    @contextlib.contextmanager
+    def file(self, name):
+        """Leave a file out that gives no scan: it is damaged if a library raises what it likes."""
+        left = self.left["scans"]
+        try:
+            yield
+        except TooMuch:
+            raise
+        except Exception as error:
+            self.left["scans"] = left
+            if not isinstance(error, UnreadableScan):
+                error = UnreadableScan(f"{name} is damaged or cut off; export it again.")
+            self.excuses.append((name, str(error), error.status))  # `error` keeps all frames
 
     def check_time(self, name):
         """Raise TooMuch once this thread has worked too long for the upload."""
         if time.thread_time() > self.until:
-            raise TooMuch(f"{name} takes too long to read; export it uncompressed, or send less.")
+            message = f"{name} takes too long to read; export it uncompressed, or send less."
+            raise TooMuch(message, 413)
 
-    def take_scans(self, count, what, name):
-        """Account for pages, frames or slices."""
-        left, self.scans = self.scans, self.scans - count
+    def take(self, kind, count, name, what=""):
+        """Account for scans (pages, frames: `what`), files, or bytes "unpacked" or "decoded"."""
+        left, self.left[kind] = self.left[kind], self.left[kind] - count
         if count > left:
-            only = f"only {left} more scans are allowed"
-            raise TooMuch(f"{name} has {count} {what}, but {only}; send fewer.")
-
-    def take_files(self, count, name):
-        """Account for the files in a ZIP."""
-        left, self.files = self.files, self.files - count
-        if count > left:
-            raise TooMuch(f"{name} holds {count} files, but at most {left} are read.")
-
-    def take_bytes(self, account, count, name):
-        """Account for what was `unpacked`, or will be `decoded`."""
-        setattr(self, account, getattr(self, account) - count)
-        if getattr(self, account) < 0:
             most = self.most // 2**20
-            raise TooMuch(f"{name} is larger than {most} MB when unpacked; send it in parts.")
+            of = {"name": name, "count": count, "what": what, "left": left, "most": most}
+            raise TooMuch(TOO_MUCH.get(kind, TOO_LARGE).format(**of), 413)
 
     def take_pictures(self, size, name, bytes_each=1, count=1):
-        """Account for pictures (width, height), while decoded with so many bytes each pixel.
-
-        Raises UnreadableScan for a picture that is too large to decode, or too small.
-        """
+        """Account for pictures (width, height) of so many bytes each pixel; refuse odd sizes."""
         shape, area = f"{name} has {size[0]} x {size[1]} pixels", math.prod(size)
         most = self.limits.pixels * 3 // max(3, bytes_each)
         if area > most:
@@ -309,58 +310,36 @@ class Budget:
         if max(size) > LONGEST * min(size):
             narrow = "longer and narrower than any scan"
             raise UnreadableScan(f"{shape}, {narrow}; crop it and send it again.")
-        self.take_bytes("decoded", count * area, name)
+        self.take("decoded", count * area, name)
         self.check_time(name)
 
 
-def unpack(files, budget, excuses, depth=0):
-    """Yield (name, bytes) of files, those in a ZIP, and in a ZIP within it, one by one."""
-    for name, data in files:
-        if data[:4] not in (b"PK\x03\x04", b"PK\x05\x06"):  # the second one holds nothing
-            yield name, data
-        elif depth < 2:
-            yield from unpack(members(name, data, budget, excuses), budget, excuses, depth + 1)
-        else:
-            message = f"{plain_name(name)} lies too deep, in a ZIP within a ZIP; unpack it."
-            excuses.append((name, UnreadableScan(message)))
-
-
-def members(name, data, budget, excuses):
-    """Yield (path, bytes) of what a ZIP holds, without folders and what a system leaves there."""
-    plain = plain_name(name)
-    try:
-        with parsing(plain):
-            archive = open_zip(data)
-        inside = [m for m in archive.infolist() if not m.is_dir() and not is_litter(m.filename)]
-        if not inside:
-            raise UnreadableScan(f"{plain} is an empty ZIP; pack the scans into it.")
-    except UnreadableScan as excuse:
-        excuses.append((name, excuse))
-        return
-    budget.take_files(len(inside), plain)
+def members(data, name, reading):
+    """Yield (name, bytes) of what a ZIP holds, without folders and what a system leaves there."""
+    archive = open_zip(data)
+    inside = [m for m in archive.infolist() if not m.is_dir() and not is_litter(m.filename)]
+    if not inside:
+        raise UnreadableScan(f"{name} is an empty ZIP; pack the scans into it.")
+    reading.take("files", len(inside), name)
     for member in inside:
-        try:
-            with parsing(plain_name(member.filename)), archive.open(member) as file:
-                content = file.read(budget.unpacked + 1)
-        except UnreadableScan as excuse:
-            locked = f"{plain_name(member.filename)} is locked with a password; send it unlocked."
-            excuse = UnreadableScan(locked) if member.flag_bits & 1 else excuse
-            excuses.append((member.filename, excuse))
-        else:
-            budget.take_bytes("unpacked", len(content), plain)
-            yield member.filename, content
+        inner = plain_name(member.filename)
+        with reading.file(inner):
+            if member.flag_bits & 1:
+                raise UnreadableScan(f"{inner} is locked with a password; send it unlocked.")
+            with archive.open(member) as file:
+                content = file.read(reading.left["unpacked"] + 1)
+            reading.take("unpacked", len(content), name)
+            yield inner, content
 
 
 def open_zip(data):
     """A ZIP that is open, even if its names are not in the UTF-8 that it promises."""
     try:
         return zipfile.ZipFile(io.BytesIO(data))
-    except UnicodeDecodeError:
-        marked = bytearray(data)
-        for entry in re.finditer(rb"PK\x01\x02.{38}(.{4})", data, re.DOTALL):
-            marked[entry.start() + 9] &= ~8  # the flag of UTF-8, here and before the member
-            marked[int.from_bytes(entry[1], "little") + 7] &= ~8
-        return zipfile.ZipFile(io.BytesIO(marked))
+    except UnicodeDecodeError:  # clear the flag of UTF-8 in the two headers of each member
+        flags = re.compile(rb"(PK(?:\x01\x02.{5}|\x03\x04.{3}))(.)", re.DOTALL)
+        cleared = flags.sub(lambda found: found[1] + bytes([found[2][0] & ~8]), data)
+        return zipfile.ZipFile(io.BytesIO(cleared))
 
 
 def is_litter(path):
@@ -369,18 +348,18 @@ def is_litter(path):
     return any(part.strip(".") and (part[0] == "." or part == "__MACOSX") for part in parts)
 
 
-def gunzip(data, name, budget):
+def gunzip(data, name, reading):
     """What a gzip file holds, in one member or several."""
     pieces = []
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
             while piece := file.read1(2**20):
-                budget.take_bytes("unpacked", len(piece), name)
-                budget.check_time(name)
+                reading.take("unpacked", len(piece), name)
+                reading.check_time(name)
                 pieces.append(piece)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except gzip.BadGzipFile as error:
         if not pieces or "Not a gzipped file" not in str(error):  # bytes behind the last member
-            raise damaged(name) from None
+            raise
     return b"".join(pieces)
 
 
@@ -388,21 +367,6 @@ def plain_name(name: str | None) -> str:
     """The last part of a visitor's file name, without control characters, at most 100 long."""
     last = re.split(r"[/\\]", name or "")[-1]
     return "".join(c for c in last if c.isprintable())[:100] or "The file"
-
-
-def damaged(name):
-    return UnreadableScan(f"{name} is damaged or cut off; export it again.")
-
-
-@contextlib.contextmanager
-def parsing(name):
-    """Turn whatever a library raises on a file that is damaged or lies into one sentence."""
-    try:
-        yield
-    except UnreadableScan:
-        raise
-    except Exception:
-        raise damaged(name) from None
 
 
 @contextlib.contextmanager
@@ -422,7 +386,7 @@ TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 LARGE_SIDE = 3 * KEPT_SIDE  # of a picture beyond it only every few rows and columns are used
 JPEG_PASSES = 8  # times that a JPEG of the largest size may be gone through
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
-Image.MAX_IMAGE_PIXELS = None  # Budget.take_pictures() looks at the size
+Image.MAX_IMAGE_PIXELS = None  # Reading.take_pictures() looks at the size
 
 
 class Grey(NamedTuple):
@@ -433,8 +397,19 @@ class Grey(NamedTuple):
     colour: float = 0.0
 
 
-def read_picture(data, name, budget):
-    """The one scan of a JPEG, PNG, WEBP or BMP file."""
+def scan_of(grey, name, n=0, spacing=(1, 1), turn=1, **more):
+    """A Scan of a grey picture, its pixels made square, turned as an EXIF orientation asks."""
+    pixels = shrink(square(shrink(grey.pixels), *spacing))
+    if turn in range(2, 9):
+        picture = Image.fromarray(pixels)
+        picture.getexif()[0x0112] = turn
+        pixels = np.asarray(ImageOps.exif_transpose(picture))
+        more["size"] = more["size"][::-1] if turn >= 5 else more["size"]
+    return Scan(pixels, name, n, window=grey.window, colour=grey.colour, **more)
+
+
+def read_picture(data, name, reading):
+    """The scan of a JPEG, PNG, WEBP or BMP file."""
     is_png = data[:4] == b"\x89PNG"
     deep = is_png and data[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06")  # bits, kind
     data = png_essentials(data) if is_png else data
@@ -443,80 +418,52 @@ def read_picture(data, name, budget):
     except UnidentifiedImageError:
         message = f"{name} is not {ACCEPTED}; export the scan as one of these."
         raise UnreadableScan(message) from None
-    except Exception:  # Pillow's parsers raise nearly anything on damaged headers
-        raise damaged(name) from None
-    size, jpeg = image.size, image.format == "JPEG"
-    bytes_each = 1 if jpeg or image.mode in ("1", "L", "P") else 2 if image.mode == "I;16" else 4
-    if image.format == "WEBP" or deep:  # which are there more than once
-        bytes_each *= 2 + 2 * deep
-    budget.take_scans(1, "pictures", name)
-    budget.take_pictures(size, name, bytes_each)
-    if jpeg and data.count(b"\xff\xda") * math.prod(size) > JPEG_PASSES * budget.limits.pixels:
+    size, jpeg, webp = image.size, image.format == "JPEG", image.format == "WEBP"
+    flat = jpeg or image.mode in ("1", "L", "P", "I;16")
+    reading.take("scans", 1, name, "pictures")
+    reading.take_pictures(size, name, 16 if deep else 8 if webp else 1 if flat else 4)
+    if jpeg and data.count(b"\xff\xda") * math.prod(size) > JPEG_PASSES * reading.limits.pixels:
         message = f"{name} is a progressive JPEG of too many passes; save it as an ordinary one."
         raise UnreadableScan(message, 413)
-    with parsing(name):  # decoding happens here
-        if jpeg and max(size) > LARGE_SIDE:
-            image.draft(None, (LARGE_SIDE // 2, LARGE_SIDE // 2))
-        grey = grey_values(deep_channels(data)) if deep else grey_picture(thinned_picture(image))
-    return [picture_scan(grey, name, size, orientation(image))]
-
-
-def picture_scan(grey, name, size, turn, **more):
-    """A page as a Scan, turned as an EXIF orientation asks."""
-    if turn in range(2, 9):
-        picture = Image.fromarray(grey.pixels)
-        picture.getexif()[0x0112] = turn
-        size = size[::-1] if turn >= 5 else size
-        grey = grey._replace(pixels=np.asarray(ImageOps.exif_transpose(picture)))
-    pixels, window, colour = grey
-    return Scan(shrink(pixels), name, size=size, window=window, colour=colour, **more)
-
-
-def orientation(image):
-    """The EXIF orientation of a Pillow picture, 1 where it is odd."""
-    try:
-        return int(image.getexif().get(0x0112, 1))
-    except Exception:  # Pillow's parser on a damaged EXIF block
-        return 1
+    if jpeg and max(size) > LARGE_SIDE:
+        image.draft(None, (LARGE_SIDE // 2, LARGE_SIDE // 2))
+    grey = grey_values(deep_channels(data)) if deep else grey_picture(thinned_picture(image))
+    turn = 1
+    with contextlib.suppress(Exception):  # what Pillow raises on a damaged EXIF block
+        turn = image.getexif().get(0x0112, 1)
+    return scan_of(grey, name, turn=turn, size=size)
 
 
 def png_essentials(data):
     """A PNG file without the texts, profiles and times in it, which may be of any length."""
-    kept, at = [data[:8]], 8
+    kept, at = bytearray(data[:8]), 8
     while at < len(data):
-        size = int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] in PNG_CHUNKS:
-            kept.append(data[at : at + size + 12])
-        at += size + 12
-    return b"".join(kept)
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kept += data[at:end] if data[at + 4 : at + 8] in PNG_CHUNKS else b""
+        at = end
+    return bytes(kept)
 
 
 def deep_channels(data):
-    """The values uint16 (H, W, C) of a PNG in colour or with alpha, of which Pillow gives 8 bits.
-
-    Its decoder is asked for the high bytes, then for the low ones.
-    """
-
-    def decoded(mode, raw):
+    """The values uint16 (H, W, C) of a deep PNG in colour or with alpha; Pillow gives 8 bits."""
+    mode, parts = "RGB" if data[25] == 2 else "RGBA", []
+    for raw in ("RGBA",) if data[25] == 4 else (f"{mode};16B", f"{mode};16L"):  # high, low bytes
         image = Image.open(io.BytesIO(data), formats=("PNG",))
         image.tile, image._mode = [image.tile[0]._replace(args=raw)], mode
-        return np.asarray(image).astype(np.uint16)
-
-    if data[25] == 4:  # grey and alpha: their four bytes as four channels
-        octets = decoded("RGBA", "RGBA")
-        return octets[..., ::2] << 8 | octets[..., 1::2]
-    mode = "RGB" if data[25] == 2 else "RGBA"
-    return decoded(mode, f"{mode};16B") << 8 | decoded(mode, f"{mode};16L")
+        parts.append(np.asarray(image).astype(np.uint16))
+    if data[25] == 4:  # grey and alpha, their four bytes as four channels
+        parts = [parts[0][..., ::2], parts[0][..., 1::2]]
+    return parts[0] << 8 | parts[1]
 
 
-def read_tiff(data, name, budget):
+def read_tiff(data, name, reading):
     """The pages of a TIFF file as scans, without the smaller copies that some programs add."""
     import tifffile
 
-    with parsing(name), tifffile.TiffFile(io.BytesIO(data)) as file:
-        pages = list(islice(file.pages, budget.scans + 2))
-        more = " or more" * (len(pages) > budget.scans + 1)
-        budget.take_scans(len(pages), f"pages{more}", name)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        pages = list(islice(file.pages, reading.left["scans"] + 2))
+        more = " or more" * (len(pages) > reading.left["scans"] + 1)
+        reading.take("scans", len(pages), name, f"pages{more}")
         inner = [p for page in pages for p in islice(page.pages or (), 8)]
         whole = [p for p in pages if not is_copy(p)] or [p for p in inner if not is_copy(p)]
         largest = max(page.imagewidth * page.imagelength for page in whole or pages)
@@ -526,11 +473,11 @@ def read_tiff(data, name, budget):
         pillow = cache(lambda: Image.open(io.BytesIO(data), formats=("TIFF",)))
         scans = []
         for n, page in enumerate(kept):
-            size, turn = (page.imagewidth, page.imagelength), page.tags.valueof(274)
+            more = {"size": (page.imagewidth, page.imagelength), "turn": page.tags.valueof(274)}
             bytes_each = max(1, page.bitspersample // 8) * page.samplesperpixel
-            budget.take_pictures(size, name, bytes_each)
-            grey = grey_values(tiff_values(page, pillow, name))
-            scans.append(picture_scan(grey, name, size, turn, slice=n, remarks=remarks))
+            reading.take_pictures(more["size"], name, bytes_each)
+            grey = grey_values(tiff_values(page, data, pillow, name))
+            scans.append(scan_of(grey, name, n, remarks=remarks, **more))
         return scans
 
 
@@ -539,7 +486,7 @@ def is_copy(page):
     return page.subfiletype & 5 != 0 or page.tags.valueof(255) == 2
 
 
-def tiff_values(page, pillow, name):
+def tiff_values(page, data, pillow, name):
     """The values of a page, (H, W) or (H, W, C), black at zero, RGB for a palette.
 
     tifffile reads every kind of number, but does not unpack all; Pillow does, but takes signed
@@ -548,27 +495,25 @@ def tiff_values(page, pillow, name):
     bits, kind, white_is_zero = page.bitspersample, page.sampleformat, page.photometric == 0
     known = bits % 8 == 0 and page.dtype and page.photometric in range(4)
     if known and page.compression in (1, 8, 32946) and page.predictor in (1, 2):
-        check_deflated(page)
+        check_deflated(page, data)
         values = page.asarray(maxworkers=1)
         values = np.moveaxis(values, 0, -1) if page.axes == "SYX" else values
         if page.photometric == 3:
             colours = (page.colormap >> 8 * (page.colormap.max() > 255)).astype(np.uint8)
             values = np.moveaxis(colours[:, values], 0, -1)
     else:
+        big_endian = page.parent.byteorder == ">"
         try:
             image = pillow()
             image.seek(page.index)
-            if image.size != (page.imagewidth, page.imagelength):
-                raise ValueError("another page")
+            another = image.size != (page.imagewidth, page.imagelength)
             image = thinned_picture(image)
-            plain = image.mode in ("L", "LA", "RGB", "RGBA", "F") or image.mode.startswith("I")
-            values = np.asarray(image if plain else image.convert("RGB"))
-            mixed = (
-                bits == 32 and kind == 1 or page.parent.byteorder == ">" and (bits, kind) != (16, 1)
-            )
-            if bits > 8 and (values.dtype == np.uint8 or mixed):
-                raise ValueError("not the values")
-        except Exception:
+            exact = image.mode in ("L", "LA", "RGB", "RGBA", "F") or image.mode[0] == "I"
+            values = np.asarray(image if exact else image.convert("RGB"))
+            mixed = (bits, kind) == (32, 1) or big_endian and (bits, kind) != (16, 1)
+            if another or bits > 8 and (mixed or values.dtype == np.uint8):
+                raise ValueError("another page, or other values")
+        except Exception:  # Pillow raises nearly anything on what it does not read
             number = {1: "unsigned", 2: "signed", 3: "floating-point"}.get(kind, "other")
             what = f"a TIFF of packed {bits}-bit {number} values, which is not read"
             raise UnreadableScan(f"{name} is {what}; save it uncompressed.") from None
@@ -579,30 +524,25 @@ def tiff_values(page, pillow, name):
     return values
 
 
-def check_deflated(page):
+def check_deflated(page, data):
     """Raise ValueError if a strip or tile of a TIFF page unpacks to more than its share."""
     most = math.prod(page.chunks) * page.dtype.itemsize
-    if most > 4 * max(2**20, page.nbytes):
-        raise ValueError("a tile larger than its page")
     for start, size in zip(page.dataoffsets, page.databytecounts):
-        page.parent.filehandle.seek(start)
-        packed = page.parent.filehandle.read(size if page.compression != 1 else 0)
-        if len(zlib.decompressobj().decompress(packed, most + 1)) > most:
-            raise ValueError("a strip larger than its share")
+        packed = data[start : start + size] if page.compression != 1 else b""
+        unpacked = zlib.decompressobj().decompress(packed, most + 1)
+        if len(unpacked) > most or most > 4 * max(2**20, page.nbytes):
+            raise ValueError("a strip or tile larger than its share")
 
 
 def grey_picture(image):
-    """A Pillow picture as Grey: more than 8 bits stretched, black where it is transparent.
-
-    An alpha channel of zeros alone says nothing.
-    """
+    """A Pillow picture as Grey: more than 8 bits stretched, black where it is transparent."""
     if image.mode.startswith(("I", "F")):
         return stretched(np.asarray(image))
     if image.mode in ("1", "L"):
         return Grey(np.asarray(image.convert("L")))
     if image.has_transparency_data:
         seen = image = image.convert("RGBA")
-        if seen.getextrema()[3][1]:
+        if seen.getextrema()[3][1]:  # an alpha channel of zeros says nothing
             image = Image.new("RGBA", seen.size, "black")
             image.alpha_composite(seen)
     opaque = image.convert("RGB")
@@ -611,12 +551,8 @@ def grey_picture(image):
 
 
 def grey_values(values):
-    """Values (H, W), or (H, W, C) with RGB and alpha, as Grey: bytes as they are, others stretched.
-
-    Of complex values it is the magnitude.
-    """
-    step = -(-math.isqrt(values.size) // LARGE_SIDE)
-    values = values[::step, ::step]
+    """Values (H, W), or (H, W, C) with RGB and alpha, as Grey; all but bytes are stretched."""
+    values = thinned(values)
     values = np.abs(values) if values.dtype.kind == "c" else values
     if values.dtype != np.uint8:
         if values.ndim == 2:
@@ -630,17 +566,13 @@ def grey_values(values):
 
 
 def stretched(values):
-    """Values float or int (H, W) or (H, W, C) as Grey, scaled between two percentiles.
+    """Values float or int as Grey, scaled so that one hot pixel does not turn the head black.
 
-    From the 0.1th to the 99.9th, so that one hot pixel does not turn the head black; of a large
-    picture every few pixels tell them. What is no finite number takes no part and is black.
+    What is no finite number takes no part and is black.
     """
     values = np.asarray(values, np.result_type(values, np.float32))
-    numbers = subsample(values)[1]
-    numbers = numbers[np.isfinite(numbers)]
-    if not numbers.size:
-        numbers = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
-    black, white = np.percentile(numbers, (0.1, 99.9))
+    some = (values[np.isfinite(values)] for values in (subsample(values)[1], values, np.zeros(1)))
+    black, white = np.percentile(next(filter(np.size, some)), (0.1, 99.9))
     return Grey(to_uint8(values, black, white), (float(black), float(white)))
 
 
@@ -656,8 +588,14 @@ def subsample(pixels):
     return step, pixels[::step, ::step]
 
 
+def thinned(values):
+    """Values (H, W) or (H, W, C), beyond LARGE_SIDE only every few rows and columns of them."""
+    step = -(-math.isqrt(values.size) // LARGE_SIDE)
+    return values[::step, ::step]
+
+
 def thinned_picture(image):
-    """A Pillow picture of which, beyond LARGE_SIDE, every few rows and columns are left."""
+    """The same of a Pillow picture."""
     step = -(-max(image.size) // LARGE_SIDE)
     return image if step == 1 else image.resize([n // step for n in image.size], 0)
 
@@ -672,10 +610,7 @@ def shrink(pixels):
 
 
 def square(pixels, down, across):
-    """Pixels whose spacing is `down` and `across` (mm), resized so that both are the finer one.
-
-    Within reason: a spacing that would stretch them too far is not believed.
-    """
+    """Pixels spaced `down` and `across` (mm), resized to the finer one if it can be believed."""
     finer = min(down, across)
     if not finer > 0 or not 1.02 < max(down, across) / finer < 10:
         return pixels
@@ -692,35 +627,77 @@ STUDY = ("PatientSex", "StudyID", "StudyDate", "StudyTime", "AccessionNumber")
 IDENTIFIERS = (*PERSON, *STUDY, "ReferringPhysicianName")
 GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
 PLACE, SHADES = ("PlanePosition", "PlaneOrientation"), ("FrameVOILUT", "PixelValueTransformation")
-FRAME_GROUPS = [f"{part}Sequence" for part in (*PLACE, "PixelMeasures", *SHADES)]
+PARTS = (*PLACE, "PixelMeasures", *SHADES)  # of a frame, each a …Sequence
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 BLANKS = (None, "", b"")
+TEXTS = ("DS", "IS", "LO", "SH", "ST", "CS")  # value representations of characters
+COUNTS = {"NumberOfFrames": 1, "SamplesPerPixel": 1}
+COUNTS |= {"PixelRepresentation": 0, "PlanarConfiguration": 0}
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 MOST_READS = 500_000  # of a header: two or three each element
 HEADS = ("HEAD", "BRAIN", "SKULL", "PITUITARY", "ORBIT", "FACE", "IAC")
 
 
-def read_dicom(data, name, budget, identifiers):
-    """The frames of a DICOM file as scans; of the patient only what `identifiers` asks for."""
-    from pydicom.pixels import pixel_array
+def read_dicom(data, name, reading):
+    """The frames of a DICOM file as scans; of the patient only what is asked for."""
+    import gdcm
+    from pydicom.pixels import iter_pixels
 
-    dataset, bits, odd = open_dicom(data, name, budget)
-    known = {key: readable(dataset, key) for key in IDENTIFIERS} if identifiers else None
-    scans = []
+    gdcm.Trace.WarningOff()  # as quiet()
+    gdcm.Trace.ErrorOff()
+    header = Header(inflated(data, name, reading))
+    check_picture(header, name, reading)
+    dataset, scans = header.dataset, []
+    more = {"identifiers": header.identifiers() if reading.identifiers else None}
     try:
-        for n in range(dataset.NumberOfFrames):
-            budget.check_time(name)
-            frame = pixel_array(dataset, index=n)
-            scans.append(dicom_scan(frame, dataset, bits, n, name, set(odd), known))
-    except UnreadableScan:
-        raise
-    except Exception:  # decoding happens here
+        for n, frame in enumerate(iter_pixels(dataset, indices=range(dataset.NumberOfFrames))):
+            reading.check_time(name)
+            scans.append(dicom_scan(frame, header.of_frame(n), name, n, **more))
+    except Exception as error:  # decoding happens here
         syntax = dataset.file_meta.TransferSyntaxUID
-        if not syntax.is_encapsulated:
-            raise damaged(name) from None
+        if isinstance(error, UnreadableScan) or not syntax.is_encapsulated:
+            raise
         why = f"compressed as {syntax.name} and cannot be decoded; export it uncompressed"
         raise UnreadableScan(f"{name} is {why} (Explicit VR Little Endian).") from None
     return scans
+
+
+def inflated(data, name, reading):
+    """A DICOM file whose dataset is not deflated, since pydicom would unpack it whole."""
+    if DEFLATED not in data[:1000]:
+        return data
+    start = 144 + int.from_bytes(data[140:144], "little")
+    inside = zlib.decompressobj(-15).decompress(data[start:], reading.left["unpacked"] + 1)
+    reading.take("unpacked", len(inside), name)
+    return data[:start].replace(DEFLATED, DEFLATED[:-3] + b"\0\0\0") + inside
+
+
+def check_picture(header, name, reading):
+    """Raise UnreadableScan for a DICOM file without a picture, of a mosaic, or of a large cost."""
+    dataset = header.dataset
+    if not any(key in dataset for key in PIXELS):
+        none = "a DICOM file without a picture; send the images of the study."
+        raise UnreadableScan(f"{name} is {none}")
+    if "MOSAIC" in header.text("ImageType").upper():
+        raise UnreadableScan(f"{name} is a Siemens mosaic; export one picture per slice.")
+    header.complete()
+    size, frames = (int(dataset.Columns), int(dataset.Rows)), dataset.NumberOfFrames
+    bytes_each = 3 * max(1, dataset.BitsAllocated // 8) * dataset.SamplesPerPixel  # copied twice
+    reading.take("scans", frames, name, "frames")
+    reading.take_pictures(size, name, bytes_each, frames)
+    if "JPEG" in dataset.file_meta.TransferSyntaxUID.name:
+        check_jpeg(dataset.PixelData, math.prod(size), frames, reading)
+
+
+def check_jpeg(data, area, frames, reading):
+    """Raise ValueError for JPEG frames larger than the header says, or of too many passes."""
+    jpeg = rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0.[\2-\x10](..)(..)[\1-\4]"
+    for start in (jpeg, rb"\xff\x4f\xff\x51.{4}(.{4})(.{4})"):
+        for found in re.finditer(start, data, re.DOTALL):
+            if math.prod(int.from_bytes(side, "big") for side in found.groups()) > area:
+                raise ValueError("frames larger than the header says")
+    if data.count(b"\xff\xda") > JPEG_PASSES * reading.limits.pixels // area * frames:
+        raise ValueError("too many passes")
 
 
 class CountedReads(io.BytesIO):
@@ -736,332 +713,248 @@ class CountedReads(io.BytesIO):
         return super().read(*size)
 
 
-def open_dicom(data, name, budget):
-    """(dataset, Bits, odd) of a DICOM file whose picture may be read.
+class Header:
+    """What a DICOM file says of one of its frames, the most particular of it first.
 
-    `odd` is a set of sentences about optional elements that make no sense.
+    An optional element that makes no sense is as if absent; `odd` has a sentence about each.
     """
-    import gdcm
-    from pydicom import dcmread
 
-    gdcm.Trace.WarningOff()  # as quiet()
-    gdcm.Trace.ErrorOff()
-    with parsing(name):
-        if DEFLATED in data[:1000]:  # pydicom would unpack it whole
-            start = 144 + int.from_bytes(data[140:144], "little")
-            inside = zlib.decompressobj(-15).decompress(data[start:], budget.unpacked + 1)
-            budget.take_bytes("unpacked", len(inside), name)
-            data = data[:start].replace(DEFLATED, DEFLATED[:-3] + b"\0\0\0") + inside
-        dataset = dcmread(CountedReads(data), force=True)
-        if not any(key in dataset for key in PIXELS):
-            raise UnreadableScan(
-                f"{name} is a DICOM file without a picture; send the images of the study."
-            )
-        if "MOSAIC" in text(dataset, "ImageType").upper():
-            raise UnreadableScan(f"{name} is a Siemens mosaic; export one picture per slice.")
-        odd = set()
-        bits = complete(dataset, odd)
-        size, frames = (int(dataset.Columns), int(dataset.Rows)), dataset.NumberOfFrames
-        budget.take_scans(frames, "frames", name)
-        bytes_each = 3 * max(1, bits.allocated // 8) * dataset.SamplesPerPixel  # it is copied twice
-        budget.take_pictures(size, name, bytes_each, frames)
-        if "JPEG" in dataset.file_meta.TransferSyntaxUID.name:
-            most = JPEG_PASSES * budget.limits.pixels // math.prod(size)
-            check_coded(dataset.PixelData, math.prod(size), most * frames)
-    return dataset, bits, odd
+    def __init__(self, data):
+        from pydicom import dcmread
 
+        self.dataset, self.always_odd = dcmread(CountedReads(data), force=True), set()
+        self.of_frame(0)
 
-def check_coded(data, area, passes):
-    """Raise ValueError for JPEG frames larger than the header says, or of too many passes."""
-    jpeg = rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0.[\2-\x10](..)(..)[\1-\4]"
-    for start in (jpeg, rb"\xff\x4f\xff\x51.{4}(.{4})(.{4})"):
-        for found in re.finditer(start, data, re.DOTALL):
-            if math.prod(int.from_bytes(side, "big") for side in found.groups()) > area:
-                raise ValueError("frames larger than the header says")
-    if data.count(b"\xff\xda") > passes:
-        raise ValueError("too many passes")
-
-
-class Bits(NamedTuple):
-    """How many bits a stored value has, in how many, and how far above the lowest they lie."""
-
-    allocated: int
-    stored: int
-    shift: int
-
-
-def complete(dataset, odd):
-    """Fill in what a header lacks for its pixels to be decoded; returns its Bits."""
-    from pydicom import uid
-
-    if not dataset.file_meta.get("TransferSyntaxUID"):
-        implicit, little = dataset.original_encoding
-        explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
-        dataset.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
-    if not dataset.file_meta.TransferSyntaxUID.is_transfer_syntax:
-        raise ValueError("no transfer syntax")
-    usual = {"SamplesPerPixel": 1, "PixelRepresentation": 0, "PlanarConfiguration": 0}
-    for key, value in {**usual, "NumberOfFrames": 1}.items():
-        setattr(dataset, key, int(number([dataset], key, odd, value)))
-    dataset.NumberOfFrames = max(1, dataset.NumberOfFrames)
-    if not text(dataset, "PhotometricInterpretation"):
-        dataset.PhotometricInterpretation = "MONOCHROME2" if dataset.SamplesPerPixel == 1 else "RGB"
-    allocated = int(dataset.BitsAllocated)
-    stored = int(number([dataset], "BitsStored", odd, allocated))
-    stored = stored if 0 < stored <= allocated else allocated
-    shift = int(number([dataset], "HighBit", odd, stored - 1)) + 1 - stored
-    if not 0 <= shift <= allocated - stored:
-        odd.add(unusable("HighBit"))
-        shift = 0
-    dataset.BitsStored = allocated if shift else stored  # for pydicom takes the lowest bits
-    return Bits(allocated, stored, shift)
-
-
-def dicom_scan(frame, dataset, bits, n, name, odd, known):
-    """Frame n of a dataset, values (H, W) or (H, W, C), as a Scan."""
-    sources = frame_sources(dataset, n, odd)
-    grey = dicom_grey(frame, dataset, bits, sources, odd)
-    plane, place = plane_and_position(sources, odd)
-    pixels = shrink(grey.pixels)
-    pixels = shrink(square(pixels, *(numbers(sources, "PixelSpacing", 2, odd) or (1, 1))))
-    person = [text(dataset, key) for key in PERSON]
-    unnamed = text(dataset, "SeriesNumber"), plane, frame.shape  # tells series without UID apart
-    series = hashed(person, text(dataset, "SeriesInstanceUID") or unnamed)
-    instance, order = text(dataset, "SOPInstanceUID"), text(dataset, "InstanceNumber")
-    copies = [(place, hash(pixels.tobytes()))]
-    if instance and (order or place is not None):
-        copies.append((place, instance, n, order))
-    return Scan(
-        pixels,
-        name,
-        n,
-        study=hashed(person),
-        series=series,
-        plane=plane,
-        size=frame.shape[1::-1],
-        window=grey.window,
-        colour=grey.colour,
-        position=float(n) if place is None else place,
-        copies=tuple(copies),
-        study_key=hashed(person) if any(person) else None,
-        series_key=series if any(person) else None,
-        identifiers=known,
-        remarks=(*dicom_remarks(dataset), *sorted(odd)),
-    )
-
-
-def hashed(*parts):
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def frame_sources(dataset, n, odd):
-    """The parts of a header that speak of frame n, the most particular first."""
-    found = []
-    for groups in (items(dataset, key, odd) for key in GROUPS):
-        if groups:
+    def of_frame(self, n):
+        """The header of frame n."""
+        self.sources, self.odd, found = [self.dataset], set(self.always_odd), []
+        for groups in filter(None, map(self.items, GROUPS)):
             group = groups[min(n, len(groups) - 1)]
-            found += [item for part in FRAME_GROUPS for item in items(group, part, odd)[:1]]
-    return [*found, dataset]
+            found += [item for part in PARTS for item in self.items(f"{part}Sequence", group)[:1]]
+        self.sources = [*found, self.dataset]
+        return self
+
+    def items(self, key, dataset=None):
+        """The items of a sequence, whose elements are counted as those of a file."""
+        from pydicom.filereader import read_sequence
+
+        dataset = self.dataset if dataset is None else dataset
+        element = dataset.get_item(key)
+        if element is None or not element.value:
+            return []
+        try:
+            if isinstance(element.value, bytes):
+                how = element.is_implicit_VR, element.is_little_endian, len(element.value)
+                setattr(dataset, key, read_sequence(CountedReads(element.value), *how, "iso8859"))
+            return list(dataset[key].value)
+        except UnreadableScan:
+            raise
+        except Exception:  # pydicom raises nearly anything on what is no sequence
+            return self.ignore(key) or []
+
+    def text(self, key, dataset=None):
+        """The start of an element as text, whatever is wrong with it."""
+        element = (self.dataset if dataset is None else dataset).get_item(key)
+        value = b"" if element is None or element.value is None else element.value
+        start = value[:200].decode("latin-1") if isinstance(value, bytes) else str(value)[:200]
+        return start.strip(" \0")
+
+    def numbers(self, key, count):
+        """The first `count` numbers of an element, which have to be finite; commas are points."""
+        from pydicom.datadict import dictionary_VR
+
+        filled = (s for s in self.sources if key in s and s.get_item(key).value not in BLANKS)
+        if (source := next(filled, None)) is None:
+            return None
+        element = source.get_item(key)
+        kind = dictionary_VR(key) if element.VR in (None, "UN") else element.VR
+        try:
+            if isinstance(element.value, bytes) and kind in TEXTS:
+                parts = self.text(key, source).split("\\")
+            else:
+                parts = np.ravel(source[key].value)
+            parts = [str(part) for part in parts[:count]]
+            found = [float(part.replace(",", ".")) for part in parts]
+            if len(found) < count or not np.isfinite(found).all():
+                raise ValueError("too few numbers, or none")
+        except Exception:  # as above
+            return self.ignore(key)
+        if any("," in part for part in parts):
+            self.odd.add(f"{key} in the file has decimal commas; they were read as points.")
+        return found
+
+    def number(self, key, default=None):
+        """The first number of an element."""
+        found = self.numbers(key, 1)
+        return found[0] if found else default
+
+    def ignore(self, key):
+        """Say that an element is as if absent."""
+        self.odd.add(f"{key} in the file makes no sense and was ignored.")
+
+    def identifiers(self):
+        """What tells the patient and the study, as text in its own character set."""
+        known = dict.fromkeys(IDENTIFIERS, "")
+        for key in IDENTIFIERS:
+            with contextlib.suppress(Exception):  # as above
+                known[key] = str(self.dataset.get(key) or "")
+        return known
+
+    def complete(self):
+        """Fill in what pydicom needs to decode the pixels; find the bits that hold a value."""
+        from pydicom import uid
+
+        dataset, meta = self.dataset, self.dataset.file_meta
+        if not meta.get("TransferSyntaxUID"):
+            implicit, little = dataset.original_encoding
+            explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+            meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
+        if not meta.TransferSyntaxUID.is_transfer_syntax:
+            raise ValueError("no transfer syntax")
+        for key, least in COUNTS.items():
+            setattr(dataset, key, max(least, int(self.number(key, least))))
+        if not self.text("PhotometricInterpretation"):
+            kind = "MONOCHROME2" if dataset.SamplesPerPixel == 1 else "RGB"
+            dataset.PhotometricInterpretation = kind
+        dataset.BitsAllocated = allocated = int(dataset.BitsAllocated)
+        stored = int(self.number("BitsStored", allocated))
+        self.stored = stored if 0 < stored <= allocated else allocated
+        self.shift = int(self.number("HighBit", self.stored - 1)) + 1 - self.stored
+        if not 0 <= self.shift <= allocated - self.stored:
+            self.ignore("HighBit")
+            self.shift = 0
+        dataset.BitsStored = allocated if self.shift else self.stored  # pydicom takes the lowest
+        self.always_odd = self.odd
 
 
-def items(dataset, key, odd):
-    """The items of an optional sequence, whose elements are counted as those of a file."""
-    from pydicom import DataElement
-    from pydicom.filereader import read_sequence
-
-    element = dataset.get_item(key)
-    if element is None or not element.value:
-        return []
-    try:
-        if isinstance(element.value, bytes):
-            how = element.is_implicit_VR, element.is_little_endian, len(element.value), "iso8859"
-            inside = read_sequence(CountedReads(element.value), *how)
-            dataset[key] = DataElement(element.tag, "SQ", inside)
-        return list(dataset[key].value)
-    except UnreadableScan:
-        raise
-    except Exception:  # pydicom raises nearly anything on what is no sequence
-        odd.add(unusable(key))
-        return []
-
-
-def text(dataset, key):
-    """The start of an element as text, whatever is wrong with it."""
-    element = dataset.get_item(key)
-    value = b"" if element is None or element.value is None else element.value
-    start = value[:200].decode("latin-1") if isinstance(value, bytes) else str(value)[:200]
-    return start.strip(" \0")
+def dicom_scan(frame, header, name, n, **more):
+    """Frame n of a file, values (H, W) or (H, W, C), as a Scan."""
+    axes = header.numbers("ImageOrientationPatient", 6)
+    corner = header.numbers("ImagePositionPatient", 3)
+    normal = np.cross(axes[:3], axes[3:]) if axes else np.zeros(3)
+    plane = PLANES[int(np.abs(normal).argmax())] if normal.any() else None
+    place = float(normal @ corner) if plane and corner else header.number("SliceLocation")
+    place = header.number("InstanceNumber") if place is None else place
+    person = [header.text(key) for key in PERSON]
+    unnamed = header.text("SeriesNumber"), plane, frame.shape  # tells series without UID apart
+    parts = [person], [person, header.text("SeriesInstanceUID") or unnamed]
+    study, series = (hashlib.sha256(repr(part).encode()).hexdigest() for part in parts)
+    keys = {"study_key": study, "series_key": series} if any(person) else {}
+    instance, order = header.text("SOPInstanceUID"), header.text("InstanceNumber")
+    if instance and (order or place is not None):
+        more["instance"] = place, instance, n, order
+    more |= {"size": frame.shape[1::-1], "plane": plane, "study": study, "series": series} | keys
+    more["position"] = float(n) if place is None else place
+    spacing = header.numbers("PixelSpacing", 2) or (1, 1)
+    scan = scan_of(dicom_grey(frame, header), name, n, spacing, **more)
+    return replace(scan, remarks=(*dicom_remarks(header), *sorted(header.odd)))
 
 
-def readable(dataset, key):
-    """An element as text in its own character set; nothing where that is odd."""
-    try:
-        return str(dataset.get(key) or "")
-    except Exception:  # as above
-        return ""
-
-
-def numbers(sources, key, count, odd):
-    """The first `count` numbers of an optional element, from the first source that has it.
-
-    None, and a sentence in `odd`, if they are anything but finite numbers; decimal commas are
-    read, and said.
-    """
-    from pydicom.datadict import dictionary_VR
-
-    source = next((s for s in sources if key in s and s.get_item(key).value not in BLANKS), None)
-    if source is None:
-        return None
-    element = source.get_item(key)
-    kind = dictionary_VR(key) if element.VR in (None, "UN") else element.VR
-    try:
-        if isinstance(element.value, bytes) and kind in ("DS", "IS", "LO", "SH", "ST", "CS"):
-            parts = text(source, key).split("\\")[:count]
-        else:
-            value = source[key].value
-            parts = [value] if isinstance(value, bytes | int | float | str) else value[:count]
-        found = [float(str(part).replace(",", ".")) for part in parts]
-        if len(found) < count or not np.isfinite(found).all():
-            raise ValueError("too few numbers, or none")
-    except Exception:  # as above
-        odd.add(unusable(key))
-        return None
-    if any("," in str(part) for part in parts):
-        odd.add(f"{key} in the file has decimal commas; they were read as points.")
-    return found
-
-
-def number(sources, key, odd, default=None):
-    """The first number of an optional element; see numbers()."""
-    found = numbers(sources, key, 1, odd)
-    return found[0] if found else default
-
-
-def unusable(key):
-    return f"{key} in the file makes no sense and was ignored."
-
-
-def dicom_grey(frame, dataset, bits, sources, odd):
+def dicom_grey(frame, header):
     """A frame as Grey: its bits, palette, padding, rescaling, window and polarity applied."""
     from pydicom.pixels import apply_color_lut, apply_modality_lut
 
-    step = -(-math.isqrt(frame.size) // LARGE_SIDE)
-    frame = frame[::step, ::step]
+    dataset, kind = header.dataset, header.text("PhotometricInterpretation")
+    frame = thinned(frame)
     packed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
-    if bits.shift and not (packed and frame.max() < 2**bits.stored):  # a codec may have shifted it
-        frame = frame << bits.allocated - bits.stored - bits.shift >> bits.allocated - bits.stored
-    kind = text(dataset, "PhotometricInterpretation")
+    if header.shift and not (packed and frame.max() < 2**header.stored):  # shifted by its codec
+        unused = dataset.BitsAllocated - header.stored
+        frame = frame << unused - header.shift >> unused
     if kind == "PALETTE COLOR":
         frame = apply_color_lut(frame, dataset)
     if frame.ndim == 3:
         return grey_values(frame)
-    values = frame * np.float32(number(sources, "RescaleSlope", odd) or 1)
-    values = values + np.float32(number(sources, "RescaleIntercept", odd, 0))
-    if items(dataset, "ModalityLUTSequence", odd):
+    values = frame * np.float32(header.number("RescaleSlope") or 1)
+    values = values + np.float32(header.number("RescaleIntercept", 0))
+    if header.items("ModalityLUTSequence"):
         try:
             values = apply_modality_lut(frame, dataset)
         except Exception:  # as above
-            odd.add(unusable("ModalityLUTSequence"))
-    values = np.where(padding(frame, dataset, bits, odd), np.nan, values)
-    try:
-        grey = windowed(values, dataset, sources, odd)
-    except Exception:  # a window that makes no sense is as good as none
-        grey = None
+            header.ignore("ModalityLUTSequence")
+    if (first := header.number("PixelPaddingValue")) is not None:
+        ends = np.array([first, header.number("PixelPaddingRangeLimit", first)])
+        if frame.dtype.kind in "iu":  # either may be written signed or not
+            ends = ends.astype(np.int64).astype(frame.dtype)
+        values = np.where((frame >= ends.min()) & (frame <= ends.max()), np.nan, values)
+    grey = None
+    with contextlib.suppress(Exception):  # a window that makes no sense is as good as none
+        grey = windowed(values, header)
     grey = grey or stretched(values)
     if kind == "MONOCHROME1":
         grey = grey._replace(pixels=np.where(np.isfinite(values), 255 - grey.pixels, 0))
     return grey
 
 
-def padding(frame, dataset, bits, odd):
-    """A mask (H, W) of the stored values that the header declares to be padding."""
-    first = number([dataset], "PixelPaddingValue", odd)
-    if first is None:
-        return np.zeros(frame.shape, bool)
-    ends = np.array([first, number([dataset], "PixelPaddingRangeLimit", odd, first)])
-    if frame.dtype.kind in "iu":  # either may be written signed or not
-        ends %= 2**bits.allocated
-        ends[(frame.dtype.kind == "i") & (ends >= 2 ** (bits.allocated - 1))] -= 2**bits.allocated
-    return (frame >= ends.min()) & (frame <= ends.max())
-
-
-def windowed(values, dataset, sources, odd):
-    """Values through the VOI LUT or window of the file as Grey.
-
-    None where there is none, or where it would hide what the values show.
-    """
-    from pydicom import Dataset
+def windowed(values, header):
+    """Values through the VOI LUT or window of the file as Grey; None where it would hide them."""
     from pydicom.pixels import apply_voi_lut
 
-    centre, width = (number(sources, f"Window{key}", odd) for key in ("Center", "Width"))
-    if tables := items(dataset, "VOILUTSequence", odd):
-        black, white, window = 0, 2 ** tables[0].LUTDescriptor[2] - 1, None
-        shown = apply_voi_lut(np.nan_to_num(values).astype(np.int64), dataset)
-        shown = np.where(np.isfinite(values), shown, np.nan)
-    elif centre is not None and width:
-        header, window = Dataset(), (centre - width / 2, centre + width / 2)
-        header.PhotometricInterpretation, header.PixelRepresentation = "MONOCHROME2", 0
-        header.WindowCenter, header.WindowWidth, header.BitsStored = centre, width, 16
-        function = text(dataset, "VOILUTFunction").upper()
-        header.VOILUTFunction = function if function in ("LINEAR_EXACT", "SIGMOID") else "LINEAR"
-        black, white = apply_voi_lut(np.array([centre - 50 * width, centre + 50 * width]), header)
-        shown = apply_voi_lut(values, header)
-    else:
+    centre, width = header.number("WindowCenter"), header.number("WindowWidth", 0)
+    window, black, white = None, 0, 1
+    if tables := header.items("VOILUTSequence"):
+        white = 2 ** tables[0].LUTDescriptor[2] - 1
+        shown = apply_voi_lut(np.nan_to_num(values).astype(np.int64), header.dataset)
+        values = np.where(np.isfinite(values), shown, np.nan)
+    elif centre is None or width <= 0:
         return None
-    pixels = to_uint8(shown, black, white)
+    elif header.text("VOILUTFunction").upper() == "SIGMOID":
+        window = centre - width / 2, centre + width / 2
+        values = 1 / (1 + np.exp(-4 * (values - centre) / width))
+    else:
+        window = black, white = centre - width / 2, centre + width / 2
+        exact = width <= 1 or header.text("VOILUTFunction").upper() == "LINEAR_EXACT"
+        white -= not exact
+    pixels = to_uint8(values, black, white)
     return None if contrast(pixels) < 16 else Grey(pixels, window)
 
 
-def plane_and_position(sources, odd):
-    """(plane or None, place along the series or None) of a frame."""
-    axes = numbers(sources, "ImageOrientationPatient", 6, odd)
-    corner = numbers(sources, "ImagePositionPatient", 3, odd)
-    normal = np.cross(axes[:3], axes[3:]) if axes else np.zeros(3)
-    plane = PLANES[int(np.abs(normal).argmax())] if normal.any() else None
-    if plane and corner:
-        return plane, float(normal @ corner)
-    place = number(sources, "SliceLocation", odd)
-    return plane, number(sources, "InstanceNumber", odd) if place is None else place
-
-
-def dicom_remarks(dataset):
+def dicom_remarks(header):
     """Yield what the header says against reading the file as a brain MRI."""
-    modality, part = (text(dataset, key).upper() for key in ("Modality", "BodyPartExamined"))
+    modality, part = (header.text(key).upper() for key in ("Modality", "BodyPartExamined"))
     if modality and modality != "MR":
         yield f"The file says that it is no MRI (modality {plain_name(modality)[:16]})."
     if part and not any(head in part for head in HEADS):
         yield f"The file says that it shows no head (body part {plain_name(part)[:16]})."
-    if text(dataset, "BurnedInAnnotation").upper() == "YES":
+    if header.text("BurnedInAnnotation").upper() == "YES":
         yield "The file says that text is burned in; check that it identifies nobody."
 
 
 # --------------------------------------------------------------------------------- NIfTI
 
 
-def read_nifti(data, name, budget, plane):
-    """The slices of a volume towards right, front and top, seen as radiologists see them."""
-    with parsing(name):
-        volume, spacing, scale, remarks = open_nifti(data)
-        sizes = {
-            p: tuple(n for other, n in enumerate(volume.shape) if other != axis)
-            for axis, p in enumerate(PLANES)
-        }
-        if plane == "all":
-            planes = [p for p in PLANES if min(sizes[p]) >= SMALLEST_SIDE] or PLANES
-        else:
-            planes = [plane or guess_plane(volume.shape, spacing, remarks)]
-        budget.take_scans(sum(volume.shape[PLANES.index(p)] for p in planes), "slices", name)
-        for p in planes:
-            count = volume.shape[PLANES.index(p)]
-            budget.take_pictures(sizes[p], name, volume.itemsize, count)
-        common = {"study": hashlib.sha256(data).hexdigest(), "remarks": tuple(remarks)}
-        scans = []
-        for p in planes:
-            for n in range(volume.shape[PLANES.index(p)]):
-                budget.check_time(name)
-                scan = nifti_scan(volume, spacing, scale, p, n, name)
-                scans.append(replace(scan, series=common["study"] + p, **common))
-        return scans
+def read_nifti(data, name, reading):
+    """The slices of a volume as radiologists see them, in one plane or in all.
+
+    Rows run from the top or front down; the patient's right is on the left, the face on the left.
+    """
+    volume, spacing, scale, remarks = open_nifti(data)
+    cuts = [np.moveaxis(volume, n, 0)[:, ::-1, ::-1].swapaxes(1, 2) for n in range(3)]
+    if reading.plane == "all":
+        axes = [n for n in range(3) if min(cuts[n].shape[1:3]) >= SMALLEST_SIDE] or range(3)
+    elif reading.plane:
+        axes = [PLANES.index(reading.plane)]
+    else:
+        axes = [thickest_axis(volume.shape, spacing, remarks)]
+    reading.take("scans", sum(len(cuts[n]) for n in axes), name, "slices")
+    for n in axes:
+        reading.take_pictures(cuts[n].shape[:0:-1], name, volume.itemsize, len(cuts[n]))
+    study, scans = hashlib.sha256(data).hexdigest(), []
+    for axis in axes:
+        across, down = (mm for n, mm in enumerate(spacing) if n != axis)
+        more = {"study": study, "series": study + PLANES[axis], "plane": PLANES[axis]}
+        for n, values in enumerate(cuts[axis]):
+            reading.check_time(name)
+            grey = grey_values(scaled(values, scale))
+            more |= {"size": values.shape[::-1], "position": n * spacing[axis]}
+            scans.append(scan_of(grey, name, n, (down, across), remarks=tuple(remarks), **more))
+    return scans
+
+
+def scaled(values, scale):
+    """Voxels (H, W) as values: their RGB as (H, W, C), others with slope and intercept."""
+    if values.dtype.names:  # RGB, with or without alpha
+        return np.stack([values[channel] for channel in values.dtype.names], axis=-1)
+    return values if scale[0] is None else values * np.float32(scale[0]) + np.float32(scale[1])
 
 
 def open_nifti(data):
@@ -1092,62 +985,33 @@ def axes_of(header, remarks):
     """Where the axes of a volume point, (3, 2), as nibabel has it."""
     import nibabel
 
-    for affine in (header.get_best_affine, header.get_qform, header.get_base_affine):
-        try:
+    best, default = header.get_best_affine, np.eye(4).copy
+    for affine in (best, header.get_qform, header.get_base_affine, default):
+        with contextlib.suppress(Exception):  # one that is singular, or a quaternion that is none
             axes = nibabel.io_orientation(affine())
-        except Exception:  # an affine that is singular, or a quaternion that is none
-            continue
-        unknown = np.isnan(axes[:, 0])
-        if unknown.sum() == 1:  # the one that is left
-            axes[unknown] = 3 - np.nansum(axes[:, 0]), 1
-        if np.isfinite(axes).all() and affine == header.get_best_affine:
-            return axes
-        if np.isfinite(axes).all():
-            break
-    else:
-        axes = np.array([[0, 1], [1, 1], [2, 1]])
-    remarks.append("The file does not say how the head lies; the slices may be turned.")
+            unknown = np.isnan(axes[:, 0])
+            if unknown.sum() == 1:  # the one that is left
+                axes[unknown] = 3 - np.nansum(axes[:, 0]), 1
+            if np.isfinite(axes).all():
+                break
+    if affine != best:
+        remarks.append("The file does not say how the head lies; the slices may be turned.")
     return axes
 
 
-def guess_plane(shape, spacing, remarks):
-    """The plane in which a volume was acquired: across its only slice, or its thickest ones.
+def thickest_axis(shape, spacing, remarks):
+    """The axis across which a volume was acquired: across its only slice, or its thickest ones.
 
     Of axes that are spaced alike it is the shortest one, which is said in a remark.
     """
     if 1 in shape:
-        return PLANES[shape.index(1)]
+        return shape.index(1)
     thickest = [axis for axis in range(3) if spacing[axis] > 0.98 * max(spacing)]
-    plane = PLANES[min(thickest, key=lambda axis: (shape[axis], -axis))]
+    axis = min(thickest, key=lambda axis: (shape[axis], -axis))
     if len(thickest) > 1:
+        plane = PLANES[axis]
         remarks.append(f"The file does not say in which plane it was acquired; {plane} was taken.")
-    return plane
-
-
-def nifti_scan(volume, spacing, scale, plane, n, name):
-    """Slice n of a volume (x, y, z) towards right, front and top, across one plane, as a Scan.
-
-    Rows run from the top or front down; the patient's right is on the left, the face on the left.
-    """
-    axis = PLANES.index(plane)
-    across, down = (spacing[other] for other in range(3) if other != axis)
-    values = volume[(slice(None),) * axis + (n,)][::-1, ::-1].T
-    if values.dtype.names:  # RGB, with or without alpha
-        values = np.stack([values[channel] for channel in values.dtype.names], axis=-1)
-    elif scale[0] is not None:
-        values = values * np.float32(scale[0]) + np.float32(scale[1])
-    grey = grey_values(values)
-    return Scan(
-        shrink(square(shrink(grey.pixels), down, across)),
-        name,
-        n,
-        plane=plane,
-        size=values.shape[1::-1],
-        window=grey.window,
-        colour=grey.colour,
-        position=n * spacing[axis],
-        copies=(n,),
-    )
+    return axis
 
 
 # -------------------------------------------------------------------------------- series
@@ -1163,20 +1027,17 @@ def sort_series(scans):
     """
     series, studies, kept, skipped = {}, {}, [], []
     for scan in scans:
-        if scan.series:
-            series.setdefault(scan.series, []).append(scan)
-    for number_of, found in enumerate(series.values(), 1):
+        series.setdefault(scan.series, []).append(scan)
+    loose = series.pop(None, [])
+    for number, found in enumerate(series.values(), 1):
         study = studies.setdefault(found[0].study, str(len(studies) + 1))
         found.sort(key=lambda scan: (scan.position, natural(scan.file), scan.slice))
-        slices = without_copies(found, study, str(number_of), skipped)
+        slices = without_copies(found, study, str(number), skipped)
         empty = empty_slices(slices)
         kept += [scan for scan in slices if scan.slice not in empty]
-        skipped += [
-            Skipped(scan.file, scan.emptiness, scan.series, scan.slice)
-            for scan in slices
-            if scan.slice in empty
-        ]
-    return kept + [scan for scan in scans if not scan.series], skipped
+        left_out = [scan for scan in slices if scan.slice in empty]
+        skipped += [Skipped(s.file, s.emptiness, s.series, s.slice) for s in left_out]
+    return kept + loose, skipped
 
 
 def natural(name):
@@ -1188,14 +1049,14 @@ def without_copies(found, study, series, skipped):
     """The slices of a series, each of them once, with their places and its number."""
     first, slices = {}, []
     for scan in found:
-        twin = next((first[key] for key in scan.copies if key in first), None)
+        keys = {(scan.position, hash(scan.pixels.tobytes())), scan.instance} - {None}
+        twin = next((first[key] for key in keys if key in first), None)
         if twin:
             reason = f"It is the same slice as {twin.file} and counts once."
             skipped.append(Skipped(scan.file, reason, series))
         else:
-            first |= dict.fromkeys(scan.copies, scan)
-            place = {"study": study, "series": series, "slice": len(slices), "copies": ()}
-            slices.append(replace(scan, **place))
+            first |= dict.fromkeys(keys, scan)
+            slices.append(replace(scan, study=study, series=series, slice=len(slices)))
     return slices
 
 
@@ -1236,83 +1097,70 @@ class Rule(NamedTuple):
 
     name: str
     measure: Callable[[Scan], float]
-    well: tuple[float, float]
-    usable: tuple[float, float]
+    limits: tuple[float, float, float, float]  # usable from, well from, well to, usable to
     passed: str  # sentences about a `scan` and its `value`
     warning: str
     rejection: str = ""
 
 
-ANY = (-math.inf, math.inf)
 RULES = (
     Rule(
         "Size",
         lambda scan: min(scan.size),
-        well=(128, math.inf),
-        usable=ANY,
-        passed="{scan.size[0]} x {scan.size[1]} pixels",
-        warning="The picture is small ({value} pixels); details may be lost.",
+        (0, 128, math.inf, math.inf),
+        "{scan.size[0]} x {scan.size[1]} pixels",
+        "The picture is small ({value} pixels); details may be lost.",
     ),
     Rule(
         "Contrast",
         lambda scan: scan.contrast,
-        well=(40, 255),
-        usable=(10, 255),
-        passed="{value} of 255 levels of grey",
-        warning="The contrast is low; the answer may be unreliable.",
-        rejection="The picture is blank or nearly so.",
+        (10, 40, 255, 255),
+        "{value} of 255 levels of grey",
+        "The contrast is low; the answer may be unreliable.",
+        "The picture is blank or nearly so.",
     ),
     Rule(
         "Colour",
         lambda scan: scan.colour,
-        well=(0, 4),
-        usable=(0, 40),
-        passed="greyscale",
-        warning="The picture is in colour; it was turned to grey.",
-        rejection="The picture is in strong colours, which no MRI is.",
+        (0, 0, 4, 40),
+        "greyscale",
+        "The picture is in colour; it was turned to grey.",
+        "The picture is in strong colours, which no MRI is.",
     ),
     Rule(
         "Background",
         lambda scan: np.median(np.median(corners(scan.pixels[::2, ::2]), axis=1)),
-        well=(0, 128),
-        usable=ANY,
-        passed="dark",
-        warning="The background is bright; the answer for an inverted picture is unreliable.",
+        (0, 0, 128, 255),
+        "dark",
+        "The background is bright; the answer for an inverted picture is unreliable.",
     ),
     Rule(
         "Text",
         lambda scan: count_text_marks(scan.pixels),
-        well=(0, 2),
-        usable=ANY,
-        passed="none seen beside the head",
-        warning="There is text or a scale beside the head; check that it identifies nobody.",
+        (0, 0, 2, math.inf),
+        "none seen beside the head",
+        "There is text or a scale beside the head; check that it identifies nobody.",
     ),
 )
 
 
 def look_at(scan: Scan) -> Scan:
     """The scan with all that is found out by looking at it."""
-    scan = replace(
-        scan,
-        box=head_box(scan.pixels),
-        contrast=contrast(scan.pixels),
-        emptiness=emptiness(scan.pixels) if scan.series else None,
-    )
-    return replace(scan, checks=tuple(checked(scan, rule) for rule in RULES))
-
-
-def checked(scan, rule):
-    """The Check of a scan by a rule."""
-    value = rule.measure(scan)
-    passed = bool(rule.well[0] <= value <= rule.well[1])
-    sentence = rule.passed if passed else rule.warning
-    return Check(rule.name, passed, sentence.format(scan=scan, value=value))
+    box, levels = head_box(scan.pixels), contrast(scan.pixels)
+    empty = emptiness(scan.pixels) if scan.series else None
+    scan, checks = replace(scan, box=box, contrast=levels, emptiness=empty), []
+    for rule in RULES:
+        value = rule.measure(scan)
+        passed = bool(rule.limits[1] <= value <= rule.limits[2])
+        sentence = rule.passed if passed else rule.warning
+        checks.append(Check(rule.name, passed, sentence.format(scan=scan, value=value)))
+    return replace(scan, checks=tuple(checks))
 
 
 def rejection(scan: Scan) -> str | None:
     """Why a scan cannot be answered, as one of the RULES has it; None if it can."""
     for rule in RULES:
-        if rule.rejection and not rule.usable[0] <= rule.measure(scan) <= rule.usable[1]:
+        if rule.rejection and not rule.limits[0] <= rule.measure(scan) <= rule.limits[3]:
             return rule.rejection
     return None
 
@@ -1346,32 +1194,27 @@ def count_text_marks(pixels):
 
 def fill_rows(mask):
     """A mask (H, W) with every row filled from its first to its last pixel."""
-    first, last = mask.argmax(1)[:, None], mask.shape[1] - 1 - mask[:, ::-1].argmax(1)[:, None]
-    column = np.arange(mask.shape[1])
-    return mask.any(1)[:, None] & (first <= column) & (column <= last)
+    return np.maximum.accumulate(mask, 1) & np.maximum.accumulate(mask[:, ::-1], 1)[:, ::-1]
 
 
 def contrast(pixels):
     """Levels of grey, 0 to 255, between the 1st and 99th percentile of uint8 pixels (H, W)."""
-    below = np.cumsum(Image.fromarray(subsample(pixels)[1]).histogram())
-    low, high = np.searchsorted(below, (0.01 * below[-1], 0.99 * below[-1]))
+    low, high = level_quantile(np.arange(256), (0.01, 0.99), subsample(pixels)[1])
     return int(high - low)
 
 
-def distance_from(background, pixels, sample):
-    """How far uint8 pixels (H, W) are from a level, float32 (H, W), and the 99th percentile of it.
-
-    The percentile is that of `sample`, some of the pixels, counted level by level, which is
-    faster than sorting them.
-    """
-    of_level = np.abs(np.arange(256, dtype=np.float32) - np.float32(background))
+def level_quantile(of_level, shares, sample):
+    """Quantiles of what each of 256 levels stands for, over the uint8 pixels of a sample."""
     order = of_level.argsort(kind="stable")
     below = np.array(Image.fromarray(sample).histogram())[order].cumsum()
-    place = 0.99 * (below[-1] - 1)
-    ends = np.searchsorted(below, (math.floor(place), math.ceil(place)), side="right")
-    low, high = of_level[order][ends]
+    return of_level[order][np.searchsorted(below, np.multiply(shares, below[-1]))]
+
+
+def distance_from(background, pixels, sample):
+    """(how far uint8 pixels are from a level, float32, the 99th percentile of it in a sample)."""
+    of_level = np.abs(np.arange(256, dtype=np.float32) - np.float32(background))
     distance = np.abs(pixels.astype(np.float32) - np.float32(background))
-    return distance, low + (high - low) * (place % 1)
+    return distance, level_quantile(of_level, 0.99, sample)
 
 
 def head_box(pixels: np.ndarray) -> tuple[int, int, int, int]:
@@ -1397,17 +1240,11 @@ def foreground(pixels):
     """
     step, sample = subsample(pixels)
     background = np.sort(corners(sample).astype(np.float32))
-    levels = quantile(background, 0.5)
-    difference, most = distance_from(quantile(np.sort(levels), 0.5), sample, sample)
-    noise = quantile(np.sort(np.abs(background - levels[:, None])), 0.95).min()
+    count = background.shape[1]
+    levels = background[:, count // 2]
+    difference, most = distance_from(np.sort(levels)[1:3].mean(), sample, sample)
+    noise = np.sort(np.abs(background - levels[:, None]))[:, 95 * count // 100].min()
     return step, difference > max(0.12 * most, 2 * noise)
-
-
-def quantile(ordered, share):
-    """A quantile of values (..., n) in ascending order; NumPy's own is slower for so few."""
-    place = share * (ordered.shape[-1] - 1)
-    low, high = ordered[..., math.floor(place)], ordered[..., math.ceil(place)]
-    return low + (high - low) * (place % 1)
 
 
 def corners(pixels):
