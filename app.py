@@ -30,7 +30,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, reduce
 from itertools import chain, islice
@@ -45,7 +45,6 @@ from flask import (
     Response,
     abort,
     current_app,
-    jsonify,
     redirect,
     render_template,
     request,
@@ -55,8 +54,7 @@ from flask import (
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from tqdm import tqdm
-from werkzeug import formparser
-from werkzeug.exceptions import HTTPException, InternalServerError, RequestEntityTooLarge
+from werkzeug import exceptions, formparser
 
 HERE = pathlib.Path(__file__).parent
 
@@ -82,20 +80,16 @@ DEFAULTS = {
 
 
 def configure(app: Flask, overrides: dict) -> None:
-    """Fill app.config from DEFAULTS, then from FLASK_... in the environment, then from `overrides`.
-
-    Raises click.BadParameter if a value does not have the type of its default.
-    """
+    """Fill app.config from DEFAULTS, then from FLASK_... in the environment, then `overrides`."""
     app.config.from_mapping(DEFAULTS)
     app.config.from_prefixed_env()
     app.config.from_mapping(overrides)
     for key, default in DEFAULTS.items():
+        value = app.config[key]
         try:
-            app.config[key] = type(default)(app.config[key])
+            app.config[key] = type(default)(value)
         except (TypeError, ValueError):
-            kind = "text" if isinstance(default, str) else "a number"
-            value = app.config[key]
-            sentence = f"FLASK_{key} is {value!r}, but it has to be {kind}, such as {default!r}."
+            sentence = f"FLASK_{key} is {value!r}, but it has to be a number, such as {default!r}."
             raise click.BadParameter(sentence) from None
 
 
@@ -1277,6 +1271,7 @@ MEMBERS = ("card.json", "serving.tflite")  # of a model file, beside those that 
 ENGINE_THREADS = 4  # of one interpreter at most; an interpreter takes about 40 MB
 WORKERS = 1 + (os.cpu_count() or 1)  # threads of one upload: some prepare while others infer
 MEASURED_SLICES = 15  # of a series from which on it is like the volumes that were measured
+OUTPUTS = {"probabilities", "heat", "embedding", "texture"}  # of the serving network
 GATE = ("scale", "weights", "bias", "refuse", "doubt")
 UNLIKE = ("scale", "mean", "directions", "limit")
 
@@ -1291,10 +1286,10 @@ class Finding:
 
     verdict: str  # "tumor", "no_tumor", "uncertain" or "rejected"
     label: str | None = None
-    risk: str | None = None  # "low", "medium" or "high"
-    tumor_probability: float | None = None
-    probabilities: dict[str, float] | None = None
     evidence: str | None = None  # the tumor that `heat` speaks for, even if `label` is none
+    risk: str | None = None  # "low", "medium" or "high"
+    tumor_probability: float | None = None  # to four digits, as the rest
+    probabilities: dict[str, float] | None = None
     heat: np.ndarray | None = None  # float32 (14, 14), 1: what half of the outlined tumors reach
     reason: str | None = None
     warnings: tuple[str, ...] = ()
@@ -1315,12 +1310,9 @@ class Classifier:
         """Load the archive and answer once; raises ModelError if that cannot be done."""
         path = pathlib.Path(path)
         archive = read_archive(path)
-        network = archive["serving.tflite"]
-        self.sha256 = sha256(path.read_bytes())
-        self.card = read_card(archive["card.json"], path)
-        if self.card.get("serving_sha256") != sha256(network):
+        network, self.card = archive["serving.tflite"], read_card(archive["card.json"], path)
+        if self.card.get("serving_sha256") != hashlib.sha256(network).hexdigest():
             raise wrong_model(path, "holds another network than the one its card was written for")
-        self.engine = f"litert-{self.card.get('serving', 'int8')}"
         self.engines = queue.SimpleQueue()  # those that are free
         count = max(1, -(-threads // ENGINE_THREADS))
         for _ in range(count):
@@ -1334,7 +1326,9 @@ class Classifier:
             labels = ", ".join(self.labels)
             raise wrong_model(path, f"gives {width} numbers per scan, but its labels are {labels}")
         self.gate, self.unlike = read_gate(self.card, outputs, path)
-        self.summary = {"sha256": self.sha256, "engine": self.engine, "labels": self.labels}
+        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        engine = f"litert-{self.card.get('serving', 'int8')}"
+        self.summary = {"sha256": self.sha256, "engine": engine, "labels": self.labels}
 
     def infer(self, prepared: np.ndarray) -> dict[str, np.ndarray]:
         """Outputs by name for uint8 (N, 224, 224, 3), from the next engine that is free."""
@@ -1373,23 +1367,17 @@ class Classifier:
     def finding(self, probabilities, heat, unlike=False):
         """The Finding for the network's outputs for one scan; uncertain if it is `unlike` all."""
         by_label = {label: float(p) for label, p in zip(self.labels, probabilities)}
-        tumor_probability = 1 - by_label[NO_TUMOR]
-        verdict, risk = judge(tumor_probability, **self.card["thresholds"])
-        if unlike:
-            verdict, risk = "uncertain", "medium"
+        p = 1 - by_label[NO_TUMOR]
+        verdict, risk = ("uncertain", "medium") if unlike else judge(p, **self.card["thresholds"])
         label = most_probable(by_label, verdict)
         evidence = most_probable(by_label, "tumor")
         heat = np.float32(heat[..., self.labels.index(evidence)] / self.card["heat_scale"])
-        return Finding(verdict, label, risk, tumor_probability, by_label, evidence, heat)
+        rounded = {label: round(p, 4) for label, p in by_label.items()}
+        return Finding(verdict, label, evidence, risk, round(p, 4), rounded, heat)
 
 
 def why_rejected(scan, grey):
-    """A sentence if the picture cannot be an MRI, else None; grey (224, 224) is what is seen.
-
-    Blankness, colour and noise (neighbouring pixels that hardly agree) are seen in the picture.
-    For the rest there is the card's gate, fitted between brain MRI and other pictures (outlier
-    exposure, Hendrycks et al. 2019).
-    """
+    """Why a picture is too blank, coloured or noisy for an MRI, else None; grey (224, 224)."""
     if reason := rejection(scan):
         return reason
     if not np.ptp(grey):
@@ -1444,10 +1432,7 @@ def outside_head(prepared: np.ndarray, heat: np.ndarray) -> float:
 
 @contextlib.contextmanager
 def threaded_map(count: int) -> Iterator[Callable]:
-    """A map() for `count` items, on threads of its own if there are several.
-
-    On leaving, items in progress are finished and no others are begun.
-    """
+    """A map() for `count` items, on daemon threads; on leaving, those that have begun are ended."""
     if count < 2:
         yield map
         return
@@ -1463,31 +1448,24 @@ def read_archive(path: pathlib.Path) -> dict[str, bytes]:
     """MEMBERS of a model file; raises ModelError if it does not hold them."""
     if not path.is_file():
         advice = "run Brainmodel.ipynb or fetch it with the repository"
-        raise ModelError(f"{path} is missing; {advice}.")
+        raise wrong_model(path, "is missing", advice)
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
-            raise ModelError(f"{path} is a git-LFS pointer, not the model; run `git lfs pull`.")
+            raise wrong_model(path, "is a git-LFS pointer, not the model", "run `git lfs pull`")
     try:
         with zipfile.ZipFile(path) as archive:
-            missing = set(MEMBERS) - set(archive.namelist())
-            found = {name: archive.read(name) for name in MEMBERS if name not in missing}
+            if missing := " and ".join(sorted(set(MEMBERS) - set(archive.namelist()))):
+                advice = 'run Brainmodel.ipynb to its part "Export", which adds them'
+                raise wrong_model(path, f"is a Keras file without {missing}", advice)
+            return {name: archive.read(name) for name in MEMBERS}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
         advice = "fetch it again or run Brainmodel.ipynb"
-        raise ModelError(f"{path} is cut off or damaged; {advice}.") from None
-    if missing:
-        names, advice = " and ".join(sorted(missing)), 'run Brainmodel.ipynb to its part "Export"'
-        raise ModelError(f"{path} is a Keras file without {names}; {advice}, which adds them.")
-    return found
+        raise wrong_model(path, "is cut off or damaged", advice) from None
 
 
-def sha256(data: bytes) -> str:
-    """The SHA-256 of bytes in hexadecimal digits."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def wrong_model(path: pathlib.Path, what: str) -> ModelError:
-    """The error for a model file of another shape than the app expects."""
-    return ModelError(f"{path} {what}; run Brainmodel.ipynb to write one that fits.")
+def wrong_model(path, what, advice="run Brainmodel.ipynb to write one that fits"):
+    """The ModelError for a file: what it is instead of a model that can serve."""
+    return ModelError(f"{path} {what}; {advice}.")
 
 
 def read_card(data: bytes, path: pathlib.Path) -> dict:
@@ -1508,16 +1486,13 @@ def litert(network: bytes, threads: int, path: str | pathlib.Path = "model.keras
     from ai_edge_litert.interpreter import Interpreter
 
     try:
-        interpreter = Interpreter(model_content=network, num_threads=threads)
-        runner = interpreter.get_signature_runner()
+        runner = Interpreter(model_content=network, num_threads=threads).get_signature_runner()
         shape = tuple(runner.get_input_details()["scan"]["shape_signature"])
         outputs = set(runner.get_output_details())
     except (ValueError, KeyError, RuntimeError):
         raise wrong_model(path, "holds a network that cannot be read") from None
-    if shape != (-1, SIDE, SIDE, 3):
-        raise wrong_model(path, f"takes scans {shape}, not (-1, {SIDE}, {SIDE}, 3)")
-    if not outputs >= {"probabilities", "heat", "embedding", "texture"}:
-        raise wrong_model(path, f"holds a network that gives only {', '.join(sorted(outputs))}")
+    if shape != (-1, SIDE, SIDE, 3) or not outputs >= OUTPUTS:
+        raise wrong_model(path, f"takes scans {shape} and gives {', '.join(sorted(outputs))}")
     return lambda prepared: runner(scan=prepared.astype(np.float32))
 
 
@@ -1525,9 +1500,7 @@ def judge(tumor_probability: float, low: float, high: float) -> tuple[str, str]:
     """(verdict, risk) of a tumor probability between the card's two thresholds."""
     if tumor_probability < low:
         return NO_TUMOR, "low"
-    if tumor_probability >= high:
-        return "tumor", "high"
-    return "uncertain", "medium"
+    return ("tumor", "high") if tumor_probability >= high else ("uncertain", "medium")
 
 
 def most_probable(probabilities: dict[str, float], verdict: str) -> str:
@@ -1570,42 +1543,16 @@ def new_result(model: dict, scans: list[Scan], skipped: list[Skipped]) -> dict:
 def write_result(folder: pathlib.Path, result: dict) -> None:
     """Write result.json in one move; raises FileNotFoundError if the folder is gone."""
     partial = folder / ".result.json"
-    partial.write_bytes(json.dumps(result).encode())
+    partial.write_text(json.dumps(result))
     partial.replace(folder / "result.json")
-
-
-@contextlib.contextmanager
-def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A hidden folder that becomes `folder` if the block ends well, and else is removed."""
-    partial = folder.with_name(f".{folder.name}")
-    try:
-        partial.mkdir(parents=True)  # the folder of uploads may have vanished
-        yield partial
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def scan_entry(upload_id: str, n: int, scan: Scan, finding: Finding) -> dict:
     """Scan n of an upload as the JSON of a result has it."""
-    url, p, probabilities = f"/results/{upload_id}/{n}", finding.tumor_probability, None
-    if p is not None:
-        p = round(p, 4)
-        probabilities = {label: round(q, 4) for label, q in finding.probabilities.items()}
+    url = f"/results/{upload_id}/{n}"
     return {
-        "file": scan.file,
-        "study": scan.study,
-        "series": scan.series,
-        "slice": scan.slice,
-        "plane": scan.plane,
-        "verdict": finding.verdict,
-        "label": finding.label,
-        "evidence": finding.evidence,
-        "risk": finding.risk,
-        "tumor_probability": p,
-        "probabilities": probabilities,
-        "reason": finding.reason,
+        **{key: getattr(scan, key) for key in ("file", "study", "series", "slice", "plane")},
+        **{key: value for key, value in vars(finding).items() if key != "heat"},
         "warnings": [*scan.warnings, *finding.warnings],
         "checks": [check._asdict() for check in scan.checks],
         "size": scan.size,
@@ -1639,14 +1586,13 @@ def png_of(picture: Image.Image, **options) -> bytes:
 
 def heatmap_of(folder: pathlib.Path, box: tuple[int, int, int, int]) -> Image.Image:
     """The scan that keep_scan() kept, whose head lies in `box`, with the heat over it."""
-    with Image.open(folder / "scan.png") as picture:
-        return Image.alpha_composite(picture.convert("RGBA"), heat_of(folder, box)).convert("RGB")
+    picture = Image.open(folder / "scan.png").convert("RGBA")
+    return Image.alpha_composite(picture, heat_of(folder, box)).convert("RGB")
 
 
 def heat_of(folder: pathlib.Path, box: tuple[int, int, int, int]) -> Image.Image:
     """The heat of a scan that keep_scan() kept: RGBA, transparent where there is no evidence."""
-    with Image.open(folder / "scan.png") as picture:
-        pixels = np.asarray(picture.convert("L"))
+    pixels = np.asarray(Image.open(folder / "scan.png").convert("L"))
     heat = np.fromfile(folder / "heat.f32", np.float32).reshape(14, 14)
     shares = (heat_levels(pixels, heat, box) - HEAT_FROM) / (1 - HEAT_FROM)
     levels = Image.fromarray((shares.clip(0, 1) * 255).astype(np.uint8))
@@ -1658,17 +1604,12 @@ def heat_of(folder: pathlib.Path, box: tuple[int, int, int, int]) -> Image.Image
 def heat_levels(pixels: np.ndarray, heat: np.ndarray, box: tuple | None = None) -> np.ndarray:
     """The heat of a label (14, 14) over the scan it came from: float32 (H, W), not below 0.
 
-    The map lies over the square that prepare() made; padding and crop are undone. `box` is
-    head_box() of the pixels, where it is known.
+    It lies over the square that prepare() made: ImageOps.fit() takes off what pad() has added.
     """
     x0, y0, x1, y1 = box or head_box(pixels)
-    width, height = x1 - x0, y1 - y0
-    side = max(width, height)
-    warm = np.maximum(heat, 0).astype(np.float32)
-    resized = Image.fromarray(warm).resize((side, side), Image.Resampling.BICUBIC)
-    left, top = (side - width) // 2, (side - height) // 2
+    warm = Image.fromarray(np.maximum(heat, 0).astype(np.float32))
     levels = np.zeros(pixels.shape, np.float32)
-    levels[y0:y1, x0:x1] = np.asarray(resized)[top : top + height, left : left + width]
+    levels[y0:y1, x0:x1] = ImageOps.fit(warm, (x1 - x0, y1 - y0), Image.Resampling.BICUBIC)
     return levels
 
 
@@ -1698,7 +1639,7 @@ def keep_correction(folder: pathlib.Path, picture: bytes, label: str, patient: s
 
     Neither the picture nor its row tells whose it is or where it came from.
     """
-    name, manifest = f"{sha256(picture)[:32]}.png", folder / "manifest.csv"
+    name, manifest = f"{hashlib.sha256(picture).hexdigest()[:32]}.png", folder / "manifest.csv"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # against the other workers
@@ -1768,10 +1709,7 @@ SILENCE = 30.0  # seconds without one, after which its server must have stopped
 
 
 def answer(classifier: Classifier, folder: pathlib.Path, result: dict, scans: list[Scan]) -> dict:
-    """Classify the scans of an upload into its folder and result, until done or cancelled.
-
-    Every upload comes here: small ones within their request, large ones in the background.
-    """
+    """Classify an upload into its folder and result, within its request or in the background."""
 
     def answer_one(numbered):
         n, scan = numbered
@@ -1779,17 +1717,17 @@ def answer(classifier: Classifier, folder: pathlib.Path, result: dict, scans: li
         keep_scan(folder / str(n), scan, finding)
         return scan_entry(result["id"], n, scan, finding)
 
-    cancelled, written = False, time.monotonic()
+    written = time.monotonic()
     with threaded_map(len(scans)) as each:
         for entry in each(answer_one, enumerate(scans)):
             result["scans"].append(entry)
             result["progress"] = round(len(result["scans"]) / len(scans), 3)
-            if cancelled := (folder / "cancel").exists():  # by any server on this folder
+            if (folder / "cancel").exists():  # by any server on this folder
                 break
             if time.monotonic() > written + 0.5:
                 write_result(folder, result)
                 written = time.monotonic()
-    if cancelled:
+    if (folder / "cancel").exists():
         return end_early(folder, result, "cancelled")
     result |= {"status": "done", "progress": 1.0} | study_answers(result["scans"], classifier.card)
     for found in result["studies"]:
@@ -1810,17 +1748,10 @@ def end_early(folder: pathlib.Path, result: dict, status: str, **more) -> dict:
 
 
 def study_answers(entries: list[dict], card: dict) -> dict:
-    """`studies`: an answer for each series of each study, the most suspicious first; and `study`.
-
-    `study` is the first of them, or None where there is none or several studies were sent.
-    """
-    series, answers = by_series(entries), []
-    for (study, name), places in series.items():
-        if name and (found := study_answer([entries[n] for n in places], card)):
-            found["highest"] = [places[n] for n in found["highest"]]
-            answers.append({"study": study, "series": name, "slices": len(places)} | found)
-    answers.sort(key=lambda found: -found["tumor_probability"])
-    single = answers and len({study for study, name in series if name}) == 1
+    """`studies`, the answers for series; and `study`, the first of them if there is one study."""
+    series = series_answers(entries, card)
+    answers = [found for found in series if found["verdict"]]
+    single = answers and len({found["study"] for found in series}) == 1
     return {"studies": answers, "study": answers[0] if single else None}
 
 
@@ -1832,6 +1763,17 @@ def by_series(entries: list[dict]) -> dict[tuple, list[int]]:
     return numbers
 
 
+def series_answers(entries: list[dict], card: dict) -> list[dict]:
+    """What study_answer() says of each series, with its names, the most suspicious first."""
+    answers = []
+    for (study, name), places in by_series(entries).items():
+        if name:
+            found = study_answer([entries[n] for n in places], card)
+            found["highest"] = [places[n] for n in found["highest"]]
+            answers.append({"study": study, "series": name, "slices": len(places)} | found)
+    return sorted(answers, key=lambda found: -(found["tumor_probability"] or 0))
+
+
 def likely_label(entries: list[dict], found: dict) -> str:
     """The label of a series: by the mean probabilities of the slices that carry its answer."""
     sums = Counter()
@@ -1840,26 +1782,23 @@ def likely_label(entries: list[dict], found: dict) -> str:
     return most_probable(sums, found["verdict"])
 
 
-def study_answer(entries: list[dict], card: dict) -> dict | None:
-    """One answer for the slices of a series by the card's rule, or None for fewer than two."""
+def study_answer(entries: list[dict], card: dict) -> dict:
+    """One answer for the slices of a series by the card's rule; no verdict for fewer than two."""
     rule = {"head": 0.5, "stretch": 0.08, **card["thresholds"]} | (card.get("study") or {})
-    answered = [n for n, entry in enumerate(entries) if entry["tumor_probability"] is not None]
+    p = np.array([entry["tumor_probability"] for entry in entries], float)  # None becomes NaN
+    answered = np.flatnonzero(~np.isnan(p))
+    found = dict.fromkeys(("verdict", "risk", "tumor_probability"))
+    found |= {"highest": [], "counted": 0, "rejected": len(p) - len(answered)}
     if len(answered) < 2:
-        return None
-    p = np.array([entries[n]["tumor_probability"] for n in answered])
-    corners = np.array([entries[n]["crop"] for n in answered], float)
-    areas = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
-    probability, carrying, counted = series_probability(p, areas, rule["head"], rule["stretch"])
-    verdict, risk = judge(probability, rule["low"], rule["high"])
-    return {
-        "verdict": verdict,
-        "risk": risk,
-        "tumor_probability": round(probability, 4),
-        "highest": [answered[n] for n in carrying],
-        "counted": counted,
-        "rejected": len(entries) - len(answered),
-        "measured": bool(card.get("study")) and len(answered) >= MEASURED_SLICES,
-    }
+        return found
+    x0, y0, x1, y1 = np.array([entries[n]["crop"] for n in answered], float).T
+    shape = (x1 - x0) * (y1 - y0), rule["head"], rule["stretch"]
+    probability, carrying, found["counted"] = series_probability(p[answered], *shape)
+    found["verdict"], found["risk"] = judge(probability, rule["low"], rule["high"])
+    found["tumor_probability"] = round(probability, 4)
+    found["highest"] = answered[carrying].tolist()
+    found["measured"] = bool(card.get("study")) and len(answered) >= MEASURED_SLICES
+    return found
 
 
 def series_probability(p, areas, head, stretch):
@@ -1906,16 +1845,14 @@ class Jobs:
 
     def start(self, folder: pathlib.Path, result: dict, scans: list[Scan]) -> None:
         """Answer an upload in the background; 503 if too many wait already."""
-        folder.mkdir(parents=True)
-        write_result(folder, result)
-        self.unfinished.add(folder)
-        try:
+        with self.lock:
+            if self.waiting.full():
+                sentence = "The server is busy with other studies; try again in a minute."
+                abort(503, sentence, retry_after=60)
+            folder.mkdir(parents=True)
+            write_result(folder, result)
+            self.unfinished.add(folder)
             self.waiting.put_nowait((folder, result, scans))
-        except queue.Full:
-            self.unfinished.discard(folder)
-            shutil.rmtree(folder)
-            sentence = "The server is busy with other studies; try again in a minute."
-            abort(503, sentence, retry_after=60)
 
     def work(self) -> None:
         """Answer queued uploads for ever."""
@@ -1941,15 +1878,14 @@ class Jobs:
                 os.utime(folder / "result.json")
 
 
-def keep_house(uploads: pathlib.Path, hours: float, jobs: Jobs) -> None:
+def keep_house(jobs: Jobs, uploads: pathlib.Path, hours: float) -> None:
     """Touch unfinished uploads and sweep old ones, for ever."""
-    pause = min(60, max(1, hours * 360))  # a tenth of the retention
     swept = time.monotonic()
     while True:
-        time.sleep(min(HEARTBEAT, pause))
+        time.sleep(HEARTBEAT)
         with contextlib.suppress(OSError):  # the folder is away for a while: /healthz says so
             jobs.touch()
-            if time.monotonic() > swept + pause:
+            if time.monotonic() > swept + min(60, hours * 360):  # a tenth of the retention
                 swept = time.monotonic()
                 sweep(uploads, hours)
 
@@ -1958,6 +1894,14 @@ def keep_house(uploads: pathlib.Path, hours: float, jobs: Jobs) -> None:
 
 pages = Blueprint("pages", __name__, cli_group=None)
 ENDING = re.compile(r"(\.nii)?\.(jpe?g|png|webp|bmp|tiff?|dcm|ima|nii|gz|zip)$|$", re.I)
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",  # "none" would hide the origin of our own forms
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 
 
 class TolerantDecoder(formparser.MultipartDecoder):
@@ -1970,38 +1914,35 @@ class TolerantDecoder(formparser.MultipartDecoder):
 formparser.MultipartDecoder = TolerantDecoder
 
 
-@pages.get("/")
-def index() -> str:
-    """The form."""
+@pages.route("/", methods=["GET", "POST"])
+def index() -> str | Response:
+    """The form; what it sends is answered, and the page of the result comes next."""
+    if request.method == "POST":
+        url = current_app.url_for(".result_page", upload_id=handle_upload()["id"])
+        return redirect(url, 303)
     return render_template("index.html")
 
 
-@pages.post("/")
-def upload_form() -> Response:
-    """Answer what the form sent, and go on to the page of its result."""
-    return redirect(url_for(".result_page", upload_id=handle_upload()["id"]), 303)
-
-
 @pages.post("/upload")
-def upload() -> tuple[Response, int]:
-    """The same for programs."""
+def upload() -> tuple[dict, int]:
+    """The same for programs, in JSON."""
     result = handle_upload()
-    return jsonify(result), 202 if result["status"] == "running" else 200
+    return result, 202 if result["status"] == "running" else 200
 
 
 def handle_upload() -> dict:
-    """Read, classify and store the files of this request; returns the result so far.
-
-    Aborts as submitted_files() and with 503; raises UnreadableScan if nothing can be read.
-    """
+    """Read, classify and store the files of this request; returns the result so far."""
     files, plane = submitted_files()
     jobs, config = current_app.jobs, current_app.config
     asked = len(files) if len(files) <= config["MAX_AT_ONCE"] else 1  # a study has its own queue
     with jobs.reserve(asked):
         named = [(file.filename, file.read()) for file in files]
-        with jobs.reading:
-            identifiers = bool(request.form.get("identifiers"))
-            scans, skipped = read_upload(named, current_app.limits, plane, identifiers)
+        identifiers = bool(request.form.get("identifiers"))
+        try:
+            with jobs.reading:
+                scans, skipped = read_upload(named, current_app.limits, plane, identifiers)
+        except UnreadableScan as error:
+            abort(error.status, str(error))
         if not config["KEEP_NAMES"]:
             scans, skipped = without_names(scans, skipped)
         result = new_result(current_app.classifier.summary, scans, skipped)
@@ -2009,19 +1950,28 @@ def handle_upload() -> dict:
         if len(scans) > config["MAX_AT_ONCE"]:
             jobs.start(folder, result.copy(), scans)
             return result | {"scans": []}
-        with jobs.reserve(len(scans) - asked, force=True), whole_folder(folder) as partial:
-            return answer(current_app.classifier, partial, result, scans)
+        with jobs.reserve(len(scans) - asked, force=True):
+            try:
+                folder.mkdir(parents=True)  # the folder of uploads may have vanished
+                return answer(current_app.classifier, folder, result, scans)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
 
 
 def submitted_files() -> tuple[list, str | None]:
-    """(files, plane) of this request; 400 without a file, with too many, or for another plane."""
-    files = [file for file in request.files.getlist("file") if file.filename]
+    """(files, plane) of this request; 400 or 413 if they cannot be taken."""
+    config = current_app.config
+    try:
+        files = [file for file in request.files.getlist("file") if file.filename]
+        plane = request.form.get("plane") or None
+    except exceptions.RequestEntityTooLarge:
+        allowed = f"larger than the {config['MAX_CONTENT_LENGTH'] // 2**20} MB allowed"
+        abort(413, f"The upload is {allowed}; zip the folder, or send fewer or smaller files.")
     if not files:
         abort(400, "No file was chosen; choose a scan and send it again.")
-    most = current_app.config["MAX_FILES"]
-    if len(files) > most:
+    if len(files) > (most := config["MAX_FILES"]):
         abort(400, f"{len(files)} files were sent, but at most {most} are read at once.")
-    plane = request.form.get("plane") or None
     if plane not in (None, "all", *PLANES):
         abort(400, f"The plane has to be {', '.join(PLANES)} or all.")
     return files, plane
@@ -2032,11 +1982,12 @@ def without_names(scans: list[Scan], skipped: list[Skipped]) -> tuple[list[Scan]
     new = {}
     for old in (item.file for item in (*scans, *skipped)):
         new.setdefault(old, f"scan {len(new) + 1}{ENDING.search(old)[0]}")
-    known = "|".join(re.escape(old) for old in sorted(new, key=len, reverse=True))
-    scans = [replace(scan, file=new[scan.file]) for scan in scans]
-    reasons = (re.sub(rf"(?<!\w)({known})(?!\w)", lambda m: new[m[0]], i.reason) for i in skipped)
-    named = zip(skipped, reasons)
-    return scans, [item._replace(file=new[item.file], reason=reason) for item, reason in named]
+    longest_first = sorted(map(re.escape, new), key=len, reverse=True)
+    known = re.compile(rf"(?<!\w)({'|'.join(longest_first)})(?!\w)")
+    return [replace(scan, file=new[scan.file]) for scan in scans], [
+        item._replace(file=new[item.file], reason=known.sub(lambda m: new[m[0]], item.reason))
+        for item in skipped
+    ]
 
 
 def result_folder(upload_id: str) -> pathlib.Path:
@@ -2061,12 +2012,20 @@ def load_result(upload_id: str) -> dict:
 ROWS = 50  # of the table on one page
 
 
+def load_scan(upload_id: str, n: int) -> tuple[dict, dict]:
+    """(result, its entry of scan n), or 404."""
+    result = load_result(upload_id)
+    if n >= len(result["scans"]):
+        abort(404, "There is no such scan in this result.")
+    return result, result["scans"][n]
+
+
 @pages.get("/results/<upload_id>")
 def result_page(upload_id: str) -> str:
     """The answer for people: one scan, or series of them with a table, ROWS at a time."""
     result = load_result(upload_id)
     if result["status"] == "done" and len(result["scans"]) == 1:
-        return render_scan(result, 0)
+        return scan_page(upload_id, 0)
     scans, page = list(enumerate(result["scans"])), request.args.get("page", 1, int)
     if request.args.get("order") != "slice":
         scans.sort(key=lambda numbered: -(numbered[1]["tumor_probability"] or 0))
@@ -2085,25 +2044,13 @@ def series_of(result: dict) -> list[tuple[dict | None, list[int]]]:
 
 @pages.get("/results/<upload_id>/<int:n>")
 def scan_page(upload_id: str, n: int) -> str:
-    """The answer for scan n of several."""
-    result = load_result(upload_id)
-    if n >= len(result["scans"]):
-        abort(404, "There is no such scan in this result.")
-    return render_scan(result, n)
-
-
-def render_scan(result: dict, n: int) -> str:
-    """The page of scan n of a result."""
-    card, scan = current_app.classifier.card, result["scans"][n]
-    p = scan["tumor_probability"]
-    place = None if p is None else scale_position(p, **card["thresholds"])
+    """The answer for scan n of a result."""
+    (result, scan), card = load_scan(upload_id, n), current_app.classifier.card
+    p, thresholds = scan["tumor_probability"], card["thresholds"]
+    marks = (0, thresholds["low"], thresholds["high"], 1)  # drawn as equal thirds
+    place = None if p is None else float(np.interp(p, marks, (0, 1 / 3, 2 / 3, 1)))
     known = {"result": result, "scan": scan, "n": n, "card": card, "place": place}
     return render_template("result.html", **known, example=screening_example(card))
-
-
-def scale_position(p: float, low: float, high: float) -> float:
-    """A probability's place, 0 to 1, on a scale of equal thirds that meet at the thresholds."""
-    return float(np.interp(p, (0, low, high, 1), (0, 1 / 3, 2 / 3, 1)))
 
 
 def screening_example(card: dict, study: bool = False) -> dict | None:
@@ -2118,9 +2065,9 @@ def screening_example(card: dict, study: bool = False) -> dict | None:
 
 
 @pages.get("/results/<upload_id>.json")
-def result_json(upload_id: str) -> Response:
+def result_json(upload_id: str) -> dict:
     """The answer for programs."""
-    return jsonify(load_result(upload_id))
+    return load_result(upload_id)
 
 
 @pages.get("/results/<upload_id>.csv")
@@ -2139,7 +2086,7 @@ def result_zip(upload_id: str) -> Response:
     result, folder = load_result(upload_id), result_folder(upload_id)
     file = tempfile.TemporaryFile()  # noqa: SIM115  the response closes it
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("result.json", result_json(upload_id).data)
+        archive.writestr("result.json", current_app.json.dumps(result))
         archive.writestr("result.csv", result_csv(upload_id).data)
         for n, entry in enumerate(result["scans"]):
             if entry["verdict"] in ("tumor", "uncertain"):
@@ -2149,59 +2096,38 @@ def result_zip(upload_id: str) -> Response:
     return send_file(file, "application/zip", True, f"{upload_id}.zip")
 
 
-@pages.get("/results/<upload_id>/<int:n>/scan.png")
-def scan_picture(upload_id: str, n: int) -> Response:
-    """The scan as it was read."""
-    return send_file(scan_folder(upload_id, n, "scan.png") / "scan.png")
-
-
-@pages.get("/results/<upload_id>/<int:n>/thumbnail.png")
-def thumbnail_picture(upload_id: str, n: int) -> Response:
-    """The scan, at most 96 pixels a side."""
-    with Image.open(scan_folder(upload_id, n, "scan.png") / "scan.png") as picture:
-        small = picture.convert("L")
-        small.thumbnail((96, 96), Image.Resampling.BILINEAR)
-        return Response(png_of(small), mimetype="image/png")
-
-
-@pages.get("/results/<upload_id>/<int:n>/heatmap.png")
-def heatmap_picture(upload_id: str, n: int) -> Response:
-    """The scan with the heat over it."""
-    return Response(png_of(load_heatmap(upload_id, n)), mimetype="image/png")
-
-
-@pages.get("/results/<upload_id>/<int:n>/heat.png")
-def heat_picture(upload_id: str, n: int) -> Response:
-    """The heat alone, to lay over the scan; also where the answer is no tumor."""
-    return Response(png_of(load_heatmap(upload_id, n, heat_of)), mimetype="image/png")
+@pages.get("/results/<upload_id>/<int:n>/<any(scan, thumbnail, heatmap, heat):name>.png")
+def picture(upload_id: str, n: int, name: str) -> Response:
+    """The scan as it was read; a thumbnail of it; the heat over it, or alone to be laid over it."""
+    scan, path = load_scan(upload_id, n)[1], result_folder(upload_id) / str(n) / "scan.png"
+    if name == "scan":
+        return send_file(path)
+    if name == "heat":  # also where the answer is no tumor
+        drawn = heat_of(path.parent, scan["crop"])
+    elif name == "heatmap":
+        drawn = drawn_heatmap(path.parent, scan)
+    else:
+        drawn = Image.open(path).convert("L")
+        drawn.thumbnail((96, 96), Image.Resampling.BILINEAR)
+    return Response(png_of(drawn), mimetype="image/png")
 
 
 @pages.get("/results/<upload_id>/<int:n>/heatmap.dcm")
 def heatmap_dicom(upload_id: str, n: int) -> Response:
     """The heatmap as a DICOM Secondary Capture."""
-    kept = scan_folder(upload_id, n, "heat.f32") / "identifiers.json"
+    scan, folder = load_scan(upload_id, n)[1], result_folder(upload_id) / str(n)
+    drawn, kept = drawn_heatmap(folder, scan), folder / "identifiers.json"
     identifiers = json.loads(kept.read_text()) if kept.exists() else {}
-    data = secondary_capture(load_heatmap(upload_id, n), identifiers, n)
     headers = {"Content-Disposition": f"attachment; filename=heatmap_{n}.dcm"}
+    data = secondary_capture(drawn, identifiers, n)
     return Response(data, mimetype="application/dicom", headers=headers)
 
 
-def load_heatmap(upload_id: str, n: int, draw: Callable = heatmap_of) -> Image.Image:
-    """The heatmap of scan n of a result, or 404; without heat if it shows no tumor."""
-    folder, scans = scan_folder(upload_id, n, "heat.f32"), load_result(upload_id)["scans"]
-    if n >= len(scans):
-        abort(404, "There is no such picture in this result.")
-    if scans[n]["verdict"] == NO_TUMOR and draw is heatmap_of and "evidence" not in request.args:
+def drawn_heatmap(folder: pathlib.Path, scan: dict) -> Image.Image:
+    """The heatmap of a scan; without heat if it shows no tumor, unless `evidence` is asked for."""
+    if scan["verdict"] == NO_TUMOR and "evidence" not in request.args:
         return Image.open(folder / "scan.png").convert("RGB")
-    return draw(folder, scans[n]["crop"])
-
-
-def scan_folder(upload_id: str, n: int, name: str) -> pathlib.Path:
-    """The folder of scan n of a result if it holds a file `name`, or 404."""
-    folder = result_folder(upload_id) / str(n)
-    if not (folder / name).is_file():
-        abort(404, "There is no such picture in this result.")
-    return folder
+    return heatmap_of(folder, scan["crop"])
 
 
 @pages.post("/results/<upload_id>/<int:n>/label")
@@ -2213,9 +2139,9 @@ def correct(upload_id: str, n: int) -> Response:
     labels = (*current_app.classifier.labels, "tumor")
     if label not in labels:
         abort(400, f"The label has to be one of {', '.join(labels)}.")
-    picture = (scan_folder(upload_id, n, "scan.png") / "scan.png").read_bytes()
-    study = load_result(upload_id)["scans"][n]["study"]
-    patient = sha256(f"{upload_id} {study or n}".encode())[:16]  # keeps one study in one part
+    study = load_scan(upload_id, n)[1]["study"]
+    picture = (result_folder(upload_id) / str(n) / "scan.png").read_bytes()
+    patient = hashlib.sha256(f"{upload_id} {study or n}".encode()).hexdigest()[:16]  # in one part
     keep_correction(pathlib.Path(folder), picture, label, patient)
     return redirect(url_for(".scan_page", upload_id=upload_id, n=n, kept=label), 303)
 
@@ -2225,22 +2151,21 @@ def cancel(upload_id: str) -> Response:
     """Stop an upload that is being answered, by whichever server; nothing of it is kept."""
     if load_result(upload_id)["status"] == "running":
         (result_folder(upload_id) / "cancel").touch()
-    return redirect(url_for(".result_page", upload_id=upload_id), 303)
+    return redirect(current_app.url_for(".result_page", upload_id=upload_id), 303)
 
 
 @pages.post("/results/<upload_id>/delete")
 def delete(upload_id: str) -> Response:
     """Remove an upload at once, also while it is being answered."""
-    gone = result_folder(upload_id).rename(current_app.uploads / f".{upload_id}")
-    shutil.rmtree(gone)
-    return redirect(url_for(".index"), 303)
+    shutil.rmtree(result_folder(upload_id).rename(current_app.uploads / f".{upload_id}"))
+    return redirect(current_app.url_for(".index"), 303)
 
 
 @pages.get("/model")
 def model_page() -> str:
     """What the model was trained on and how well it did."""
     card = current_app.classifier.card
-    shown = {"mistakes": mistakes(card), "groups": figure_groups(card["figures"])}
+    shown = {"groups": figure_groups(card["figures"])}
     corrections = current_app.config["CORRECTIONS"]
     kept = read_corrections(pathlib.Path(corrections)) if corrections else []
     shown["corrections"] = Counter(row["label"] for row in kept)
@@ -2255,103 +2180,55 @@ def figure_groups(figures: dict) -> list[tuple[str, dict, dict, list]]:
     groups = {}
     for title, table in figures.items():
         group, _, part = title.partition(", ")
-        if group in groups:
-            groups[group][1][part] = table
-        elif title.startswith("One family left out"):
-            groups[title] = {}, by_part(table)
-        else:
-            groups[title] = table, {}
-    return [(title, own, parts, columns_of(own, parts)) for title, (own, parts) in groups.items()]
-
-
-def by_part(table: dict) -> dict[str, dict]:
-    """{"utsw_glioma, AUROC": 0.9} as {"utsw_glioma": {"AUROC": 0.9}}."""
-    parts = {}
-    for name, figure in table.items():
-        part, _, measure = name.rpartition(", ")
-        parts.setdefault(part, {})[measure] = figure
-    return parts
-
-
-def columns_of(own: dict, parts: dict) -> list[str]:
-    """The names of the parts' figures, in the order of their whole."""
-    names = dict.fromkeys(chain(own, *parts.values()))
-    return [name for name in names if any(name in part for part in parts.values())]
-
-
-def mistakes(card: dict, most: int = 3) -> list[tuple[str, str, int, float]]:
-    """The commonest mistakes on the test part: (truth, answer, scans, share of the truth's)."""
-    counted = [
-        (truth, label, count, count / sum(row))
-        for truth, row in card["confusion"].items()
-        for label, count in zip(card["labels"], row)
-        if count and label != truth
+        if group not in groups:
+            group, part = title, ""
+        parts = groups.setdefault(group, {"": {}})
+        for name, figure in table.items():
+            family, measure = part, name
+            if title.startswith("One family left out"):
+                family, _, measure = name.rpartition(", ")
+            parts.setdefault(family, {})[measure] = figure
+    return [
+        (title, parts.pop(""), parts, [*dict.fromkeys(chain(*parts.values()))])
+        for title, parts in groups.items()
     ]
-    return sorted(counted, key=lambda mistake: -mistake[3])[:most]
 
 
 @pages.get("/healthz")
-def healthz() -> Response:
+def healthz() -> dict:
     """200 once an upload can be answered and kept, else 503."""
     if not os.access(current_app.uploads, os.W_OK):
         abort(503, "The uploads folder cannot be written.")
-    return jsonify(status="ok", model=current_app.classifier.sha256)
+    return {"status": "ok", "model": current_app.classifier.sha256}
 
 
-def error_response(status: int, sentence: str, headers: Iterable = ()) -> Response:
-    """One sentence: JSON for programs, the form again or a page for people."""
+@pages.app_errorhandler(exceptions.HTTPException)
+def show_error(error: exceptions.HTTPException) -> Response:
+    """Any HTTP error as one sentence: JSON for programs, the form again or a page for people."""
+    response, fault = error.get_response(), "Something went wrong on the server; the log has it."
+    sentence = fault if error.code == 500 else error.description
     if request.path in ("/upload", "/healthz") or request.path.endswith(".json"):
-        response = jsonify(error=sentence)
+        response.data, response.mimetype = json.dumps({"error": sentence}), "application/json"
     else:
         template = "index.html" if request.path == "/" else "error.html"
-        page = render_template(template, error=sentence, status=status)
-        response = current_app.make_response(page)
-    response.status_code = status
-    response.headers.extend(headers)
+        response.data = render_template(template, error=sentence, status=error.code)
     return response
-
-
-@pages.app_errorhandler(HTTPException)
-def show_error(error: HTTPException) -> Response:
-    """Any HTTP error, the unforeseen ones included, rendered by this app."""
-    headers = [header for header in error.get_headers() if header[0] in ("Allow", "Retry-After")]
-    sentence = error.description
-    if isinstance(error, RequestEntityTooLarge):
-        most = current_app.config["MAX_CONTENT_LENGTH"] // 2**20
-        advice = "zip the folder, or send fewer or smaller files"
-        sentence = f"The upload is larger than the {most} MB allowed; {advice}."
-    if isinstance(error, InternalServerError):
-        sentence = "Something went wrong on the server; the log has it."
-    return error_response(error.code, sentence, headers)
-
-
-@pages.app_errorhandler(UnreadableScan)
-def show_unreadable(error: UnreadableScan) -> Response:
-    """A file no scan can be read from."""
-    return error_response(error.status, str(error))
 
 
 @pages.app_errorhandler(OSError)
 def show_storage_error(error: OSError) -> Response:
-    """The disk is full, read-only or away; or a result was removed after it was found."""
+    """The disk is full, read-only or away; or there is no such picture, or it was just removed."""
     if isinstance(error, FileNotFoundError) and "upload_id" in (request.view_args or {}):
-        return error_response(404, GONE)
+        return show_error(exceptions.NotFound(GONE))
     current_app.logger.error("a result could not be kept: %s", error.strerror)
     sentence = "The server cannot keep results at the moment; try again later."
-    return error_response(503, sentence, [("Retry-After", "60")])
+    return show_error(exceptions.ServiceUnavailable(sentence, retry_after=60))
 
 
 @pages.after_app_request
 def add_headers(response: Response) -> Response:
-    """Security headers: own resources only, no sniffing, no caching; CORS as set."""
-    response.headers["Content-Security-Policy"] = (
-        "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
-        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-    )
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["X-Frame-Options"] = "DENY"
-    response.headers["Referrer-Policy"] = "same-origin"  # "none" would hide the origin of our forms
-    response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
+    """HEADERS: own resources only, no sniffing; no caching but of static files; CORS as set."""
+    response.headers.update(HEADERS)
     if request.endpoint != "static":
         response.headers["Cache-Control"] = "no-store"
     if request.path == "/upload":
@@ -2377,8 +2254,8 @@ def refuse_other_sites() -> None:
 
 # ------------------------------------------------------------------------------- command
 
-FILES_PER_TASK = 8
-TASKS_PER_WORKER = 3  # sent ahead, so that none waits for the next; more would only take memory
+FILES_PER_TASK = 8  # a task costs a few milliseconds of its own
+AHEAD = 3  # tasks per worker sent ahead, so that none waits; more would only take memory
 
 
 @pages.cli.command("classify")
@@ -2395,7 +2272,7 @@ def classify_command(paths: tuple, out: pathlib.Path | None, scheduler: str | No
     classifier, limits = current_app.classifier, current_app.limits
     columns = ["path", "slices", *csv_columns(classifier.labels), "error"]
     if out is None:
-        rows = (rows_of_files([file], classifier, limits) for file in files)
+        rows = (rows_of_file(file, classifier, limits) for file in files)
         write_csv(sys.stdout, columns, chain.from_iterable(rows))
         return
     if out.suffix not in (".csv", ".parquet"):
@@ -2425,34 +2302,17 @@ def printable(path: pathlib.Path) -> str:
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
-worker_classifier = cache(Classifier)  # once per process, on one thread: there is one per core
-
-
-def answer_files(paths: list[pathlib.Path], model: str, limits: Limits) -> list[dict]:
-    """The rows of some files, in a worker of a cluster."""
-    return rows_of_files(paths, worker_classifier(model), limits)
-
-
-def rows_of_files(paths: list[pathlib.Path], classifier: Classifier, limits: Limits) -> list[dict]:
-    """The rows of some files; a thread reads the next file while the network sees the last."""
-
-    def read(path):
-        return read_upload([(path.name, path.read_bytes())], limits)
-
-    with ThreadPoolExecutor(1) as reader:
-        readings = [(path, reader.submit(read, path)) for path in paths]
-        rows = [rows_of_file(path, reading, classifier) for path, reading in readings]
-    return list(chain.from_iterable(rows))
-
-
-def rows_of_file(path: pathlib.Path, reading: Future, classifier: Classifier) -> list[dict]:
+def rows_of_file(path: pathlib.Path, classifier: Classifier, limits: Limits) -> list[dict]:
     """A row per slice of a file, or one that says why there is none: no file ends the work."""
-    name = printable(path)
+    name, rows = printable(path), []
     try:
-        scans, skipped = reading.result()
-        answers = zip(scans, map(classifier.classify_one, scans))
-        entries = [scan_entry("", 0, *each) | names_of(each[0], name) for each in answers]
-        rows = list(csv_rows(entries, [item._asdict() for item in skipped]))
+        scans, skipped = read_upload([(path.name, path.read_bytes())], limits)
+        for scan in scans:
+            names = {"study": name if scan.series else "", "series": scan.series}
+            if scan.study_key:  # the same for every file of the study
+                names = {"study": scan.study_key[:16], "series": scan.series_key[:16]}
+            rows.append(scan_entry("", 0, scan, classifier.classify_one(scan)) | names)
+        rows = list(csv_rows(rows, [item._asdict() for item in skipped]))
     except (UnreadableScan, OSError) as error:
         rows = [{"error": str(error)}]
     except Exception as error:
@@ -2461,33 +2321,34 @@ def rows_of_file(path: pathlib.Path, reading: Future, classifier: Classifier) ->
     return [row | {"path": name, "slices": len(rows)} for row in rows]
 
 
-def names_of(scan: Scan, path: str) -> dict:
-    """`study` and `series` of a scan, the same in every file: hashes, or the path of a volume."""
-    if scan.study_key:
-        return {"study": scan.study_key[:16], "series": scan.series_key[:16]}
-    return {"study": path if scan.series else "", "series": scan.series}
+worker_classifier = cache(Classifier)  # once per process, its network on one thread
 
 
-@contextlib.contextmanager
-def cluster(scheduler: str | None, workers: int | None = None) -> Iterator:
-    """A Dask client of a scheduler, or of a cluster of its own, by default one process per core."""
+def answer_files(paths: list[pathlib.Path], model: str, limits: Limits) -> list[list[dict]]:
+    """The rows of each of some files, in a worker of a cluster."""
+    return [rows_of_file(path, worker_classifier(model), limits) for path in paths]
+
+
+def cluster(scheduler: str | None, workers: int | None = None) -> contextlib.AbstractContextManager:
+    """A Dask client of a scheduler, or of a cluster of its own, by default one process per core.
+
+    Two threads of each: one reads a file while the network sees the other's.
+    """
     try:
         import dask
-        from distributed import Client, LocalCluster
+        from distributed import Client
     except ImportError:
         raise click.ClickException("--out needs Dask: pip install -r requirements.txt") from None
 
-    with contextlib.ExitStack() as stack:
-        if scheduler is None:
-            # Dask's profiler would look at every worker a hundred times a second.
-            profiler = {"distributed.worker.profile.enabled": False}
-            stack.enter_context(dask.config.set(profiler))
-            processes = {"n_workers": workers or os.cpu_count(), "threads_per_worker": 1}
-            calm = {"dashboard_address": None, "silence_logs": logging.ERROR}
-            any_port = {"dashboard_address": "127.0.0.1:0"}  # another cluster may have Dask's own
-            local = LocalCluster(**processes, **calm, scheduler_kwargs=any_port)
-            scheduler = stack.enter_context(local)
-        yield stack.enter_context(Client(scheduler))
+    if scheduler:
+        return Client(scheduler)
+    profiler = {"distributed.worker.profile.enabled": False}  # looks a hundred times a second
+    patience = {"distributed.deploy.lost-worker-timeout": "1h"}  # a killed worker starts again
+    dask.config.set(profiler | patience)
+    processes = {"n_workers": workers or os.cpu_count(), "threads_per_worker": 2}
+    any_port = {"dashboard_address": "127.0.0.1:0"}  # another cluster may have Dask's own
+    calm = {"dashboard_address": None, "silence_logs": logging.ERROR}
+    return Client(**processes, **calm, scheduler_kwargs=any_port)
 
 
 def fill(
@@ -2500,57 +2361,48 @@ def fill(
         open(journal, "a", encoding="utf-8", newline="") as file,
         tqdm(total=len(files), unit="file", mininterval=1) as bar,
     ):
-        for chunk, rows in answered(files, client, model, limits):
+        for rows in answered(files, client, model, limits):
             write_csv(file, columns, rows, header=False)
             file.flush()
-            bar.update(len(chunk))
+            bar.update()
 
 
-def answered(files: list, client, model: str, limits: Limits) -> Iterator[tuple]:
-    """Yield (files, their rows) as a cluster has them ready, a few files at a time.
+def answered(files: list, client, model: str, limits: Limits) -> Iterator[list[dict]]:
+    """Yield the rows of each file as a cluster has them ready.
 
-    Dask repeats the files of a worker that was killed on another one. A task that kills every
-    worker is taken apart, until a single file is left to say so.
+    Dask repeats the files of a worker that was killed on another one. Those that were there
+    whenever one was killed are tried again at the end, each alone, to see which it is.
     """
-    from distributed import as_completed
+    from distributed import KilledWorker, as_completed
 
     chunks = (files[n : n + FILES_PER_TASK] for n in range(0, len(files), FILES_PER_TASK))
-    of_future = {}
+    chunk_of, suspects = {}, []
 
     def submit(chunk):
         future = client.submit(answer_files, chunk, model, limits, pure=False)
-        of_future[future] = chunk
+        chunk_of[future] = chunk
         return future
 
-    ahead = TASKS_PER_WORKER * max(1, len(client.scheduler_info()["workers"]))
-    running = as_completed([submit(chunk) for chunk in islice(chunks, ahead)])
+    ahead = AHEAD * max(1, len(client.scheduler_info()["workers"]))
+    running = as_completed(map(submit, islice(chunks, ahead)))
     for future in running:
-        chunk = of_future.pop(future)
-        rows = rows_of_task(future, chunk)
-        if rows is None:
-            running.update([submit([path]) for path in chunk])
+        chunk, error = chunk_of.pop(future), future.exception()
+        if isinstance(error, KilledWorker):
+            suspects += chunk
+        elif error:
+            kind, needed = type(error).__name__, "with the repository on PYTHONPATH"
+            workers = f"its scheduler and workers have to run this version, {needed}"
+            raise click.ClickException(f"The cluster cannot do the work ({kind}); {workers}.")
         else:
-            yield chunk, rows
-            running.update([submit(chunk) for chunk in islice(chunks, 1)])
-
-
-def rows_of_task(future, chunk: list[pathlib.Path]) -> list[dict] | None:
-    """The rows of a task's files; None if it killed its workers and each is to be tried alone."""
-    from distributed import KilledWorker
-
-    if future.status == "finished":
-        return future.result()
-    error = future.exception()
-    if not isinstance(error, KilledWorker):
-        raise click.ClickException(
-            f"The cluster cannot do the work ({type(error).__name__}); its scheduler and workers "
-            "have to run this version, with the repository on PYTHONPATH."
-        )
-    if len(chunk) > 1:
-        return None
-    name = printable(chunk[0])
-    sentence = f"{plain_name(name)} crashes the worker that reads it."
-    return [{"path": name, "slices": 1, "error": sentence}]
+            yield from future.result()
+        running.update(map(submit, islice(chunks, 1)))
+    for path in suspects:
+        try:
+            yield from submit([path]).result()
+        except KilledWorker:
+            name = printable(path)
+            error = f"{plain_name(name)} crashes the worker that reads it."
+            yield [{"path": name, "slices": 1, "error": error}]
 
 
 def finished(journal: pathlib.Path, columns: list[str]) -> set[str]:
@@ -2560,37 +2412,30 @@ def finished(journal: pathlib.Path, columns: list[str]) -> set[str]:
         with open(journal, encoding="utf-8", newline="") as file:
             table = csv.DictReader(file)
             if table.fieldnames not in (None, columns):
-                raise click.ClickException(
-                    f"{journal} has other columns; move it away, or name another file."
-                )
+                advice = "move it away, or name another file"
+                raise click.ClickException(f"{journal} has other columns; {advice}.")
             rows = [row for row in table if row["error"] is not None]  # the last column
     count = Counter(row["path"] for row in rows)
-    whole_files = [row for row in rows if count[row["path"]] == int(row["slices"])]
+    rows = [row for row in rows if count[row["path"]] == int(row["slices"])]
     partial = journal.with_suffix(".partial")
     with open(partial, "w", encoding="utf-8", newline="") as file:
-        write_csv(file, columns, whole_files)
+        write_csv(file, columns, rows)
     partial.replace(journal)
-    return {row["path"] for row in whole_files}
+    return {row["path"] for row in rows}
 
 
 def write_studies(journal: pathlib.Path, path: pathlib.Path, card: dict) -> None:
     """A row for each series of each study in `journal`, by the card's rule."""
-    columns = ["study", "series", "slices", "rejected", "verdict", "risk", "tumor_probability"]
-    series = {}
+    entries = []
     with open(journal, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if row["study"]:
-                p = row["tumor_probability"]
-                entry = {"tumor_probability": float(p) if p else None}
-                entry["crop"] = [float(n) for n in row["crop"].split()]
-                series.setdefault((row["study"], row["series"]), []).append(entry)
-    rows = []
-    for (study, name), entries in series.items():
-        rejected = sum(entry["tumor_probability"] is None for entry in entries)
-        row = {"study": study, "series": name, "slices": len(entries), "rejected": rejected}
-        rows.append(row | (study_answer(entries, card) or {}))
+                entry = {key: row[key] for key in ("study", "series")}
+                entry["tumor_probability"] = float(row["tumor_probability"] or "nan")
+                entries.append(entry | {"crop": [float(n) for n in row["crop"].split()]})
+    columns = ["study", "series", "slices", "rejected", "verdict", "risk", "tumor_probability"]
     with open(path, "w", encoding="utf-8", newline="") as file:
-        write_csv(file, columns, rows)
+        write_csv(file, columns, series_answers(entries, card))
 
 
 # ----------------------------------------------------------------------------------- app
@@ -2602,8 +2447,7 @@ def create_app(overrides: dict | None = None) -> Flask:
     app.json.sort_keys = False  # a result reads from its id to its model
     configure(app, overrides or {})
     config = app.config
-    keys = ("MAX_PIXELS", "MAX_SCANS", "MAX_FILES", "MAX_UNPACKED")
-    app.limits = Limits(*(config[key] for key in keys))
+    app.limits = Limits(*(config[f"MAX_{name.upper()}"] for name in Limits._fields))
     app.origins = {origin.strip() for origin in config["CORS_ORIGINS"].split(",")} - {""}
     config["MAX_FORM_PARTS"] = config["MAX_FILES"] + 100  # submitted_files() has the sentence
     app.uploads, hours = pathlib.Path(config["UPLOADS"]), config["RETENTION_HOURS"]
@@ -2611,7 +2455,7 @@ def create_app(overrides: dict | None = None) -> Flask:
     sweep(app.uploads, hours)
     app.classifier = Classifier(config["MODEL"], config["THREADS"])
     app.jobs = Jobs(app.classifier, config["MAX_WAITING"], config["MAX_STUDIES"])
-    housekeeping = {"target": keep_house, "args": (app.uploads, hours, app.jobs)}
-    threading.Thread(**housekeeping, name="house", daemon=True).start()
+    house = app.jobs, app.uploads, hours
+    threading.Thread(target=keep_house, args=house, name="house", daemon=True).start()
     app.register_blueprint(pages)
     return app

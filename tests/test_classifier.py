@@ -1,5 +1,6 @@
 """What the classifier promises: the model file, the verdict and the gate."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -52,7 +53,7 @@ def test_a_scan_gets_the_same_answer_alone_and_among_others(classifier, monkeypa
     for scan, outputs, found in zip(scans, at_once, classifier.classify(scans), strict=True):
         alone = classifier.classify_one(scan)
         assert found.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
-        assert np.allclose(outputs, [*alone.probabilities.values()], atol=1e-5)
+        assert np.allclose(outputs, [*alone.probabilities.values()], atol=1e-4)
         assert np.allclose(found.heat, alone.heat, atol=1e-3)
 
 
@@ -168,7 +169,7 @@ EXPORT = 'run Brainmodel.ipynb to its part "Export", which adds them.'
     ({"serving.tflite": None}, f"is a Keras file without serving.tflite; {EXPORT}"),
     ({"serving.tflite": OTHER},
      f"holds another network than the one its card was written for; {AGAIN}"),
-    ({"serving.tflite": OTHER, "card.json": changed_card(serving_sha256=web.sha256(OTHER))},
+    ({"serving.tflite": OTHER, "card.json": changed_card(serving_sha256=hashlib.sha256(OTHER).hexdigest())},
      f"holds a network that cannot be read; {AGAIN}"),
     ({"card.json": changed_card(labels=["no_tumor", "tumor"])},
      f"gives 4 numbers per scan, but its labels are no_tumor, tumor; {AGAIN}"),

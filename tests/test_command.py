@@ -151,18 +151,18 @@ def test_parquet_leaves_a_csv_of_the_same_name_alone(app, folder, tmp_path):
 
 def test_a_file_that_nobody_foresaw_is_a_row(app, folder, monkeypatch):
     monkeypatch.setattr("app.read_upload", lambda *_, **__: 1 / 0)
-    (row,) = web.rows_of_files([folder / "0.png"], app.classifier, web.LIMITS)
+    (row,) = web.rows_of_file(folder / "0.png", app.classifier, web.LIMITS)
     assert row["error"] == "0.png cannot be classified (ZeroDivisionError); please report it."
 
 
 def test_series_and_studies_are_the_same_in_every_file(app, tmp_path):
     """Loose files of two series and two studies, and one that names none; no row holds a UID."""
     uids = [("1.2.3", "1.2.3.1")] * 2 + [("1.2.3", "1.2.3.2"), ("1.9", "1.9.1"), ("", "")]
-    paths = [
-        put(tmp_path / str(n), dicom(deep(n), StudyInstanceUID=study, SeriesInstanceUID=name))
-        for n, (study, name) in enumerate(uids)
-    ]
-    rows = web.rows_of_files(paths, app.classifier, web.LIMITS)
+    paths = [tmp_path / str(n) for n in range(len(uids))]
+    for n, (study, name) in enumerate(uids):
+        data = dicom(deep(n), StudyInstanceUID=study, SeriesInstanceUID=name)
+        paths[n].write_bytes(data)
+    rows = [web.rows_of_file(path, app.classifier, web.LIMITS)[0] for path in paths]
     names = [(row["study"], row["series"]) for row in rows]
     assert names[0] == names[1] and len(set(names)) == 4
     assert names[0][0] == names[2][0] != names[3][0] and names[4][0] == paths[4].as_posix()

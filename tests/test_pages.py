@@ -148,8 +148,9 @@ def test_what_is_no_scan_is_skipped_and_named_everywhere(client, send):
 
 
 @pytest.mark.parametrize("p, place", [(0, 0), (0.1, 1 / 3), (0.5, 0.5), (0.9, 2 / 3), (1, 1)])
-def test_the_risk_scale_has_three_equal_parts(p, place):
-    assert web.scale_position(p, 0.1, 0.9) == pytest.approx(place)
+def test_the_risk_scale_has_three_equal_parts(app, p, place):
+    scale = app.jinja_env.get_template("macros.html").module.scale
+    assert f"translate({4 + 292 * place:.1f} 12)" in scale(p, "low", {"low": 0.1, "high": 0.9})
 
 
 def test_a_rejected_picture_shows_a_reason_and_no_number(client, send):
@@ -468,8 +469,7 @@ def test_an_upload_that_was_killed_midway_is_never_served(app, client, send, mon
     with pytest.raises(KeyboardInterrupt):
         send((SCAN, "a.png"))
     (half,) = app.uploads.iterdir()
-    assert half.name.startswith(".")
-    assert client.get(f"/results/{half.name[1:]}").status_code == 404
+    assert client.get(f"/results/{half.name}").status_code == 404
     monkeypatch.undo()
     os.utime(half, (0, 0))
     web.sweep(app.uploads, 24)
