@@ -39,22 +39,11 @@ from typing import NamedTuple
 
 import click
 import numpy as np
-from flask import (
-    Blueprint,
-    Flask,
-    Response,
-    abort,
-    current_app,
-    redirect,
-    render_template,
-    request,
-    send_file,
-    url_for,
-)
+from flask import Blueprint, Flask, Response, abort, current_app, redirect, render_template, request
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from tqdm import tqdm
-from werkzeug import exceptions, formparser
+from werkzeug import exceptions, formparser, utils
 
 HERE = pathlib.Path(__file__).parent
 
@@ -2093,7 +2082,7 @@ def result_zip(upload_id: str) -> Response:
                 heatmap = heatmap_of(folder / str(n), entry["crop"])
                 archive.writestr(f"heatmap_{n}.png", png_of(heatmap))
     file.seek(0)
-    return send_file(file, "application/zip", True, f"{upload_id}.zip")
+    return utils.send_file(file, request.environ, "application/zip", True, f"{upload_id}.zip")
 
 
 @pages.get("/results/<upload_id>/<int:n>/<any(scan, thumbnail, heatmap, heat):name>.png")
@@ -2101,7 +2090,7 @@ def picture(upload_id: str, n: int, name: str) -> Response:
     """The scan as it was read; a thumbnail of it; the heat over it, or alone to be laid over it."""
     scan, path = load_scan(upload_id, n)[1], result_folder(upload_id) / str(n) / "scan.png"
     if name == "scan":
-        return send_file(path)
+        return utils.send_file(path, request.environ)
     if name == "heat":  # also where the answer is no tumor
         drawn = heat_of(path.parent, scan["crop"])
     elif name == "heatmap":
@@ -2143,7 +2132,7 @@ def correct(upload_id: str, n: int) -> Response:
     picture = (result_folder(upload_id) / str(n) / "scan.png").read_bytes()
     patient = hashlib.sha256(f"{upload_id} {study or n}".encode()).hexdigest()[:16]  # in one part
     keep_correction(pathlib.Path(folder), picture, label, patient)
-    return redirect(url_for(".scan_page", upload_id=upload_id, n=n, kept=label), 303)
+    return redirect(current_app.url_for(".scan_page", upload_id=upload_id, n=n, kept=label), 303)
 
 
 @pages.post("/results/<upload_id>/cancel")
