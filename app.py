@@ -1279,7 +1279,7 @@ class Finding:
     risk: str | None = None  # "low", "medium" or "high"
     tumor_probability: float | None = None  # to four digits, as the rest
     probabilities: dict[str, float] | None = None
-    heat: np.ndarray | None = None  # float32 (14, 14), 1: what half of the outlined tumors reach
+    heat: np.ndarray | None = None  # float32 (14, 14), from 0 on it counts as evidence
     reason: str | None = None
     warnings: tuple[str, ...] = ()
 
@@ -1360,7 +1360,8 @@ class Classifier:
         verdict, risk = ("uncertain", "medium") if unlike else judge(p, **self.card["thresholds"])
         label = most_probable(by_label, verdict)
         evidence = most_probable(by_label, "tumor")
-        heat = np.float32(heat[..., self.labels.index(evidence)] / self.card["heat_scale"])
+        start, scale = self.card["heat_from"], self.card["heat_scale"]
+        heat = np.float32((heat[..., self.labels.index(evidence)] / scale - start) / (1 - start))
         rounded = {label: round(p, 4) for label, p in by_label.items()}
         return Finding(verdict, label, evidence, risk, round(p, 4), rounded, heat)
 
@@ -1464,7 +1465,7 @@ def read_card(data: bytes, path: pathlib.Path) -> dict:
         judge(0.5, **card["thresholds"])
         card["labels"].index(NO_TUMOR)
         {**card["figures"], **card["data"]["counts"], **card["confusion"]}
-        1 / card["heat_scale"]
+        1 / card["heat_scale"] / (1 - card["heat_from"])
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         raise wrong_model(path, "has a card.json that cannot be read") from None
     return card
@@ -1506,7 +1507,6 @@ ID = re.compile(r"[A-Za-z0-9_-]{22}")  # secrets.token_urlsafe(16)
 FAST_PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # smaller than level 1 alone, faster
 GREYS = bytes(np.arange(256, dtype=np.uint8).repeat(3))  # a palette: Pillow tries no filters on it
 HEAT_COLOURS = {"black": (0, 0, 4), "mid": (188, 55, 84), "white": (252, 255, 164)}  # of `inferno`
-HEAT_FROM = 0.25  # evidence below it has no colour; chosen by eye, not measured
 GONE = "This result does not exist or has been removed."
 
 
@@ -1583,8 +1583,8 @@ def heat_of(folder: pathlib.Path, box: tuple[int, int, int, int]) -> Image.Image
     """The heat of a scan that keep_scan() kept: RGBA, transparent where there is no evidence."""
     pixels = np.asarray(Image.open(folder / "scan.png").convert("L"))
     heat = np.fromfile(folder / "heat.f32", np.float32).reshape(14, 14)
-    shares = (heat_levels(pixels, heat, box) - HEAT_FROM) / (1 - HEAT_FROM)
-    levels = Image.fromarray((shares.clip(0, 1) * 255).astype(np.uint8))
+    shares = heat_levels(pixels, heat, box).clip(0, 1)
+    levels = Image.fromarray((shares * 255).astype(np.uint8))
     coloured = ImageOps.colorize(levels, **HEAT_COLOURS)
     coloured.putalpha(levels.point(lambda level: 0.7 * level))
     return coloured
@@ -2434,6 +2434,7 @@ def create_app(overrides: dict | None = None) -> Flask:
     """The Flask app, its model loaded once; raises ModelError if that cannot serve."""
     app = Flask(__name__)
     app.json.sort_keys = False  # a result reads from its id to its model
+    app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True  # lighter pages
     configure(app, overrides or {})
     config = app.config
     app.limits = Limits(*(config[f"MAX_{name.upper()}"] for name in Limits._fields))
