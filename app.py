@@ -1412,12 +1412,12 @@ def unlikeness(unlike: dict, embedding: np.ndarray) -> np.ndarray:
 
 
 def outside_head(prepared: np.ndarray, heat: np.ndarray) -> float:
-    """The share of the positive heat (14, 14) outside the head that the network saw, 0 to 1."""
+    """The share of the positive heat (14, 14) outside the head that the network saw; 0 of none."""
     _, mask = foreground(prepared[::2, ::2, 0])
     head = fill_rows(mask) & fill_rows(mask.T).T
     cells = head.reshape(14, SIDE // 28, 14, SIDE // 28).mean((1, 3))
     warm = np.maximum(heat, 0)
-    return 1 - float((warm * cells).sum() / max(warm.sum(), 1e-6))
+    return float((warm * (1 - cells)).sum() / max(warm.sum(), 1e-6))
 
 
 @contextlib.contextmanager
@@ -1677,6 +1677,14 @@ def csv_rows(scans: list[dict], skipped: list[dict]) -> Iterator[dict]:
         yield item | {"verdict": "skipped"}
 
 
+def csv_of(result: dict) -> str:
+    """A result as CSV."""
+    file = io.StringIO()
+    rows = csv_rows(result["scans"], result["skipped"])
+    write_csv(file, csv_columns(result["model"]["labels"]), rows)
+    return file.getvalue()
+
+
 def write_csv(file, columns: list[str], rows: Iterable[dict], header: bool = True) -> None:
     """Write rows as CSV, in which no spreadsheet takes a text for a formula."""
     table = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -1882,6 +1890,7 @@ def keep_house(jobs: Jobs, uploads: pathlib.Path, hours: float) -> None:
 # ------------------------------------------------------------------------- pages and API
 
 pages = Blueprint("pages", __name__, cli_group=None)
+ROWS = 50  # of the table on one page
 ENDING = re.compile(r"(\.nii)?\.(jpe?g|png|webp|bmp|tiff?|dcm|ima|nii|gz|zip)$|$", re.I)
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
@@ -1998,9 +2007,6 @@ def load_result(upload_id: str) -> dict:
     return result
 
 
-ROWS = 50  # of the table on one page
-
-
 def load_scan(upload_id: str, n: int) -> tuple[dict, dict]:
     """(result, its entry of scan n), or 404."""
     result = load_result(upload_id)
@@ -2062,11 +2068,8 @@ def result_json(upload_id: str) -> dict:
 @pages.get("/results/<upload_id>.csv")
 def result_csv(upload_id: str) -> Response:
     """The answer as a table, one row per scan, then one per file or slice that was skipped."""
-    result, file = load_result(upload_id), io.StringIO()
-    rows = csv_rows(result["scans"], result["skipped"])
-    write_csv(file, csv_columns(result["model"]["labels"]), rows)
     headers = {"Content-Disposition": f"attachment; filename={upload_id}.csv"}
-    return Response(file.getvalue(), mimetype="text/csv", headers=headers)
+    return Response(csv_of(load_result(upload_id)), mimetype="text/csv", headers=headers)
 
 
 @pages.get("/results/<upload_id>.zip")
@@ -2076,7 +2079,7 @@ def result_zip(upload_id: str) -> Response:
     file = tempfile.TemporaryFile()  # noqa: SIM115  the response closes it
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("result.json", current_app.json.dumps(result))
-        archive.writestr("result.csv", result_csv(upload_id).data)
+        archive.writestr("result.csv", csv_of(result))
         for n, entry in enumerate(result["scans"]):
             if entry["verdict"] in ("tumor", "uncertain"):
                 heatmap = heatmap_of(folder / str(n), entry["crop"])
@@ -2088,16 +2091,16 @@ def result_zip(upload_id: str) -> Response:
 @pages.get("/results/<upload_id>/<int:n>/<any(scan, thumbnail, heatmap, heat):name>.png")
 def picture(upload_id: str, n: int, name: str) -> Response:
     """The scan as it was read; a thumbnail of it; the heat over it, or alone to be laid over it."""
-    scan, path = load_scan(upload_id, n)[1], result_folder(upload_id) / str(n) / "scan.png"
+    path = result_folder(upload_id) / str(n) / "scan.png"
     if name == "scan":
         return utils.send_file(path, request.environ)
-    if name == "heat":  # also where the answer is no tumor
-        drawn = heat_of(path.parent, scan["crop"])
-    elif name == "heatmap":
-        drawn = drawn_heatmap(path.parent, scan)
-    else:
+    if name == "thumbnail":
         drawn = Image.open(path).convert("L")
         drawn.thumbnail((96, 96), Image.Resampling.BILINEAR)
+    elif name == "heat":  # also where the answer is no tumor
+        drawn = heat_of(path.parent, load_scan(upload_id, n)[1]["crop"])
+    else:
+        drawn = drawn_heatmap(path.parent, load_scan(upload_id, n)[1])
     return Response(png_of(drawn), mimetype="image/png")
 
 
@@ -2434,7 +2437,6 @@ def create_app(overrides: dict | None = None) -> Flask:
     """The Flask app, its model loaded once; raises ModelError if that cannot serve."""
     app = Flask(__name__)
     app.json.sort_keys = False  # a result reads from its id to its model
-    app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True  # lighter pages
     configure(app, overrides or {})
     config = app.config
     app.limits = Limits(*(config[f"MAX_{name.upper()}"] for name in Limits._fields))

@@ -204,7 +204,7 @@ def test_flask_run_ends_with_that_sentence(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("place, share", [((7, 7), 0.0), ((0, 0), 1.0)])
+@pytest.mark.parametrize("place, share", [((7, 7), 0.0), ((0, 0), 1.0), (slice(0), 0.0)])
 def test_heat_outside_the_head_is_told_from_heat_inside(place, share):
     heat = np.zeros((14, 14), np.float32)
     heat[place] = 1
