@@ -34,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, reduce
 from itertools import chain, islice
+from logging.handlers import WatchedFileHandler
 from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ from tqdm import tqdm
 from werkzeug import exceptions, formparser, utils
 
 HERE = pathlib.Path(__file__).parent
+AUDIT = logging.getLogger("brain-mri.audit")
 
 # ------------------------------------------------------------------------------ settings
 
@@ -65,6 +67,8 @@ DEFAULTS = {
     "THREADS": os.cpu_count() or 1,
     "CORS_ORIGINS": "",  # separated by commas
     "CORRECTIONS": "",  # a folder for scans that readers label; the notebook trains on it
+    "AUDIT": "-",  # a file for a line of each thing done, "-" for standard error, "" for none
+    "AUDIT_ADDRESSES": 0,  # 1: with the addresses they were done from
 }
 
 
@@ -80,6 +84,38 @@ def configure(app: Flask, overrides: dict) -> None:
         except (TypeError, ValueError):
             sentence = f"FLASK_{key} is {value!r}, but it has to be a number, such as {default!r}."
             raise click.BadParameter(sentence) from None
+
+
+def open_audit(target: str) -> None:
+    """Write what audit() is told to a file, which may be rotated, to standard error, or nowhere."""
+    for old in AUDIT.handlers[:]:
+        AUDIT.removeHandler(old)
+        old.close()
+    plain = {"": logging.NullHandler, "-": logging.StreamHandler}
+    AUDIT.addHandler(plain[target]() if target in plain else WatchedFileHandler(target))
+    AUDIT.setLevel(logging.INFO)
+    AUDIT.propagate = False
+
+
+def audit(kind: str, **facts) -> None:
+    """Log one thing that was done as a line of JSON; `facts` hold no names of files or people."""
+    if request and current_app.config["AUDIT_ADDRESSES"]:
+        facts["address"] = request.remote_addr
+    line = json.dumps({"time": utc_now(), "kind": kind} | facts)
+    try:
+        AUDIT.info(line)
+    except OSError:  # the file was rotated, and no new one can be made
+        logging.exception("not in the audit: %s", line)
+
+
+def utc_now() -> str:
+    """The time in ISO 8601, to the second."""
+    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def seconds_since(start: float) -> float:
+    """Seconds since a time of time.monotonic(), to the millisecond."""
+    return round(time.monotonic() - start, 3)
 
 
 # --------------------------------------------------------------------------------- scans
@@ -1516,7 +1552,7 @@ def new_result(model: dict, scans: list[Scan], skipped: list[Skipped]) -> dict:
     several = f"These scans belong to {studies} patients or studies; each is answered on its own."
     return {
         "id": secrets.token_urlsafe(16),
-        "created": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "created": utc_now(),
         "status": "running",
         "progress": 0.0,
         "total": len(scans),
@@ -1658,8 +1694,10 @@ def sweep(uploads: pathlib.Path, hours: float) -> None:
     """Remove the uploads older than `hours`, half-written ones included, and nothing else."""
     for folder in uploads.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another worker was faster
-            if ID.fullmatch(folder.name.removeprefix(".")) and is_old(folder, hours):
+            upload_id = folder.name.removeprefix(".")
+            if ID.fullmatch(upload_id) and is_old(folder, hours):
                 shutil.rmtree(folder)
+                audit("deletion", id=upload_id, why="age")
 
 
 def csv_columns(labels: list[str]) -> list[str]:
@@ -1707,6 +1745,19 @@ SILENCE = 30.0  # seconds without one, after which its server must have stopped
 
 def answer(classifier: Classifier, folder: pathlib.Path, result: dict, scans: list[Scan]) -> dict:
     """Classify an upload into its folder and result, within its request or in the background."""
+    start = time.monotonic()
+    try:
+        return answer_all(classifier, folder, result, scans)
+    finally:
+        facts = {"scans": len(scans), "status": result["status"].replace("running", "failed")}
+        facts["verdicts"] = Counter(entry["verdict"] for entry in result["scans"])
+        facts["verdict"] = result["study"] and result["study"]["verdict"]
+        facts |= {"model": result["model"]["sha256"], "seconds": seconds_since(start)}
+        audit("answer", id=result["id"], **facts)
+
+
+def answer_all(classifier, folder, result, scans):
+    """What answer() does, but for the audit."""
 
     def answer_one(numbered):
         n, scan = numbered
@@ -1930,7 +1981,7 @@ def upload() -> tuple[dict, int]:
 
 def handle_upload() -> dict:
     """Read, classify and store the files of this request; returns the result so far."""
-    files, plane = submitted_files()
+    start, (files, plane) = time.monotonic(), submitted_files()
     jobs, config = current_app.jobs, current_app.config
     asked = len(files) if len(files) <= config["MAX_AT_ONCE"] else 1  # a study has its own queue
     with jobs.reserve(asked):
@@ -1945,8 +1996,13 @@ def handle_upload() -> dict:
             scans, skipped = without_names(scans, skipped)
         result = new_result(current_app.classifier.summary, scans, skipped)
         folder = current_app.uploads / result["id"]
-        if len(scans) > config["MAX_AT_ONCE"]:
+        status = 202 if len(scans) > config["MAX_AT_ONCE"] else 200
+        if status == 202:
             jobs.start(folder, result.copy(), scans)
+        facts = {"status": status, "files": len(files), "bytes": sum(len(d) for _, d in named)}
+        facts |= {"scans": len(scans), "skipped": len(skipped)}
+        audit("upload", id=result["id"], **facts, seconds=seconds_since(start))
+        if status == 202:
             return result | {"scans": []}
         with jobs.reserve(len(scans) - asked, force=True):
             try:
@@ -2135,6 +2191,7 @@ def correct(upload_id: str, n: int) -> Response:
     picture = (result_folder(upload_id) / str(n) / "scan.png").read_bytes()
     patient = hashlib.sha256(f"{upload_id} {study or n}".encode()).hexdigest()[:16]  # in one part
     keep_correction(pathlib.Path(folder), picture, label, patient)
+    audit("correction", id=upload_id, scan=n, label=label)
     return redirect(current_app.url_for(".scan_page", upload_id=upload_id, n=n, kept=label), 303)
 
 
@@ -2150,6 +2207,7 @@ def cancel(upload_id: str) -> Response:
 def delete(upload_id: str) -> Response:
     """Remove an upload at once, also while it is being answered."""
     shutil.rmtree(result_folder(upload_id).rename(current_app.uploads / f".{upload_id}"))
+    audit("deletion", id=upload_id, why="asked for")
     return redirect(current_app.url_for(".index"), 303)
 
 
@@ -2197,6 +2255,8 @@ def healthz() -> dict:
 @pages.app_errorhandler(exceptions.HTTPException)
 def show_error(error: exceptions.HTTPException) -> Response:
     """Any HTTP error as one sentence: JSON for programs, the form again or a page for people."""
+    if request.method == "POST" and request.path in ("/", "/upload"):
+        audit("upload", id=None, status=error.code)
     response, fault = error.get_response(), "Something went wrong on the server; the log has it."
     sentence = fault if error.code == 500 else error.description
     if request.path in ("/upload", "/healthz") or request.path.endswith(".json"):
@@ -2439,6 +2499,7 @@ def create_app(overrides: dict | None = None) -> Flask:
     app.json.sort_keys = False  # a result reads from its id to its model
     configure(app, overrides or {})
     config = app.config
+    open_audit(config["AUDIT"])
     app.limits = Limits(*(config[f"MAX_{name.upper()}"] for name in Limits._fields))
     app.origins = {origin.strip() for origin in config["CORS_ORIGINS"].split(",")} - {""}
     config["MAX_FORM_PARTS"] = config["MAX_FILES"] + 100  # submitted_files() has the sentence

@@ -335,8 +335,9 @@ def test_names_can_be_left_out(tmp_path, client):
     assert "File names are replaced by numbers" in app.test_client().get("/").text
 
 
-def test_the_log_holds_no_name_of_a_file(app, send, caplog):
+def test_the_log_holds_no_name_of_a_file(app, send, caplog, monkeypatch):
     caplog.set_level(0)
+    monkeypatch.setattr("app.AUDIT.propagate", True)
     send((SCAN, "doe_jane.png"))
     send((b"junk", "doe_jane.txt"))
     send((zipped(**phantoms.series(3)), "doe_jane.zip"))

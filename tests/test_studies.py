@@ -289,8 +289,9 @@ SECRETS = {
 }
 
 
-def test_no_value_of_a_patient_is_stored_logged_or_shown(app, client, send, caplog):
+def test_no_value_of_a_patient_is_stored_logged_or_shown(app, client, send, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr("app.AUDIT.propagate", True)
     result = send(*[(dicom(deep(n), **SECRETS), f"IM{n}") for n in range(2)]).get_json()
     stored = [path.read_bytes() for path in app.uploads.rglob("*") if path.is_file()]
     paths = ("", ".json", ".csv", "/0", "/0/heatmap.png", "/0/heatmap.dcm")
