@@ -2252,6 +2252,13 @@ def healthz() -> dict:
     return {"status": "ok", "model": current_app.classifier.sha256}
 
 
+@pages.get("/openapi.json")
+def openapi() -> dict:
+    """What every address takes and answers, for programs."""
+    description = json.loads((HERE / "static" / "openapi.json").read_text())
+    return description | {"servers": [{"url": request.root_path or "/"}]}
+
+
 @pages.app_errorhandler(exceptions.HTTPException)
 def show_error(error: exceptions.HTTPException) -> Response:
     """Any HTTP error as one sentence: JSON for programs, the form again or a page for people."""
@@ -2259,7 +2266,9 @@ def show_error(error: exceptions.HTTPException) -> Response:
         audit("upload", id=None, status=error.code)
     response, fault = error.get_response(), "Something went wrong on the server; the log has it."
     sentence = fault if error.code == 500 else error.description
-    if request.path in ("/upload", "/healthz") or request.path.endswith(".json"):
+    kind = request.accept_mimetypes.best_match(("text/html", "application/json"))
+    for_programs = request.path in ("/upload", "/healthz") or request.path.endswith(".json")
+    if for_programs or kind == "application/json":
         response.data, response.mimetype = json.dumps({"error": sentence}), "application/json"
     else:
         template = "index.html" if request.path == "/" else "error.html"

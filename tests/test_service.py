@@ -1,9 +1,14 @@
 """What whoever runs the server may rely on: what it logs, and that it stays up."""
 
+import copy
+import itertools
 import json
+import re
 
+import openapi_spec_validator
 import pytest
-from phantoms import encode, make_app, phantom, post, series, until, zipped
+from openapi_schema_validator import OAS31Validator
+from phantoms import ROOT, encode, make_app, phantom, post, series, until, zipped
 
 import app as web
 
@@ -38,3 +43,73 @@ def test_the_audit_has_a_line_for_each_thing_done(tmp_path, settings, address):
     assert answer["model"] == app.classifier.sha256 and 0 < answer["seconds"] < 10
     (study_line,) = (line for line in lines[2:4] if line["kind"] == "answer")
     assert study_line["verdict"] and study_line["scans"] == 3
+
+
+OPENAPI = json.loads((ROOT / "static" / "openapi.json").read_text())
+OPERATIONS = sorted(  # what is deleted comes last
+    ((path, method) for path, of in OPENAPI["paths"].items() for method in of),
+    key=lambda operation: operation[0].endswith("delete"))
+
+
+def strict(schema):
+    """A schema that allows no property which it does not name."""
+    if isinstance(schema, dict):
+        closed = {"additionalProperties": False} if "properties" in schema else {}
+        return closed | {key: strict(value) for key, value in schema.items()}
+    return schema
+
+
+def check_documented(response, path, method):
+    """Fail unless an answer has a status, a kind and a shape that openapi.json names."""
+    answers = OPENAPI["paths"][path][method]["responses"]
+    documented = answers[str(response.status_code)]
+    if "$ref" in documented:
+        documented = OPENAPI["components"]["responses"][documented["$ref"].split("/")[-1]]
+    if response.status_code != 303:
+        schema = documented["content"][response.mimetype].get("schema")
+        if response.is_json:
+            whole = strict(schema) | {"components": strict(OPENAPI["components"])}
+            OAS31Validator(whole).validate(response.get_json())
+
+
+def test_openapi_names_every_address_and_method(app):
+    """It is valid, and served with the address of this server."""
+    openapi_spec_validator.validate(copy.deepcopy(OPENAPI))
+    assert app.test_client().get("/openapi.json").get_json() == OPENAPI | {"servers": [{"url": "/"}]}
+    served = {
+        (re.sub(r"<(?:[^<>]*:)?(\w+)>", r"{\1}", rule.rule), method.lower())
+        for rule in app.url_map.iter_rules() if rule.endpoint != "static"
+        for method in rule.methods - {"HEAD", "OPTIONS"}
+    }
+    assert served == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("files", [[SCAN], [zipped(**series(3)), b"text"], []])
+def test_answers_are_those_of_openapi(tmp_path, files):
+    """Of every address: for a result, for one that does not exist, and of an empty request."""
+    app = make_app(tmp_path / "uploads", CORRECTIONS=str(tmp_path / "kept"), MAX_AT_ONCE=2)
+    sent = post(app, *files)
+    check_documented(sent, "/upload", "post")
+    client, ids = app.test_client(), ["x" * 22]
+    if files:
+        ids.insert(0, sent.get_json()["id"])
+        until(lambda: client.get(f"/results/{ids[0]}.json").get_json()["status"] == "done")
+    data, accept = {"label": "glioma"}, {"Accept": "application/json"}
+    for upload_id, (path, method) in itertools.product(ids, OPERATIONS):
+        url = path.format(upload_id=upload_id, n=0, name="heat")
+        with client.open(url, method=method, data=data, headers=accept) as response:
+            check_documented(response, path, method)
+            fine = response.status_code < 400 or upload_id == "x" * 22 or path in ("/", "/upload")
+            assert fine
+            assert response.status_code < 400 or response.is_json
+
+
+@pytest.mark.parametrize("accept, kind", [
+    ("application/json", "application/json"), ("text/html, application/json;q=0.9", "text/html"),
+    ("*/*", "text/html"), ("", "text/html"), ("application/json, text/html;q=0.5", "application/json"),
+])
+def test_whoever_prefers_json_gets_errors_as_json(client, accept, kind):
+    for method, path, status in (("GET", "/nowhere", 404), ("POST", "/", 400), ("PUT", "/model", 405)):
+        response = client.open(path, method=method, headers={"Accept": accept})
+        assert (response.status_code, response.mimetype) == (status, kind)
+        assert kind == "text/html" or list(response.get_json()) == ["error"]
