@@ -72,18 +72,38 @@ DEFAULTS = {
 }
 
 
+RANGES = {"THREADS": (1, 512), "RETENTION_HOURS": (0.0001, 1e9)}  # else from 1 on
+RANGES |= dict.fromkeys(("KEEP_NAMES", "AUDIT_ADDRESSES"), (0, 1))
+
+
 def configure(app: Flask, overrides: dict) -> None:
     """Fill app.config from DEFAULTS, then from FLASK_... in the environment, then `overrides`."""
     app.config.from_mapping(DEFAULTS)
     app.config.from_prefixed_env()
     app.config.from_mapping(overrides)
     for key, default in DEFAULTS.items():
-        value = app.config[key]
+        value, (least, most) = app.config[key], RANGES.get(key, (1, 10**12))
+        if isinstance(default, str):  # as it was written, though it may look like a number
+            app.config[key] = str(overrides.get(key, os.environ.get(f"FLASK_{key}", default)))
+            continue
         try:
             app.config[key] = type(default)(value)
-        except (TypeError, ValueError):
-            sentence = f"FLASK_{key} is {value!r}, but it has to be a number, such as {default!r}."
-            raise click.BadParameter(sentence) from None
+            fits = least <= app.config[key] == float(value) <= most
+        except (TypeError, ValueError, OverflowError):
+            fits = False
+        if not fits:
+            wanted = f"a number from {least} to {most:,.0f}, such as {default!r}"
+            raise click.ClickException(f"FLASK_{key} is {value!r}, but it has to be {wanted}.")
+
+
+@contextlib.contextmanager
+def writing(app: Flask, key: str) -> Iterator[pathlib.Path]:
+    """The path that a setting names; what cannot be written there ends the start."""
+    try:
+        yield pathlib.Path(app.config[key])
+    except OSError as error:
+        sentence = f"FLASK_{key} is {app.config[key]!r}, which cannot be written: {error.strerror}."
+        raise click.ClickException(sentence) from None
 
 
 def open_audit(target: str) -> None:
@@ -1693,7 +1713,7 @@ def is_old(path: pathlib.Path, hours: float) -> bool:
 def sweep(uploads: pathlib.Path, hours: float) -> None:
     """Remove the uploads older than `hours`, half-written ones included, and nothing else."""
     for folder in uploads.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another worker was faster
+        with contextlib.suppress(OSError):  # another worker was faster, or the disk fails here
             upload_id = folder.name.removeprefix(".")
             if ID.fullmatch(upload_id) and is_old(folder, hours):
                 shutil.rmtree(folder)
@@ -2508,12 +2528,16 @@ def create_app(overrides: dict | None = None) -> Flask:
     app.json.sort_keys = False  # a result reads from its id to its model
     configure(app, overrides or {})
     config = app.config
-    open_audit(config["AUDIT"])
+    with writing(app, "AUDIT"):
+        open_audit(config["AUDIT"])
+    for key in ("UPLOADS", *(["CORRECTIONS"] if config["CORRECTIONS"] else [])):
+        with writing(app, key) as folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
     app.limits = Limits(*(config[f"MAX_{name.upper()}"] for name in Limits._fields))
     app.origins = {origin.strip() for origin in config["CORS_ORIGINS"].split(",")} - {""}
     config["MAX_FORM_PARTS"] = config["MAX_FILES"] + 100  # submitted_files() has the sentence
     app.uploads, hours = pathlib.Path(config["UPLOADS"]), config["RETENTION_HOURS"]
-    app.uploads.mkdir(parents=True, exist_ok=True)
     sweep(app.uploads, hours)
     app.classifier = Classifier(config["MODEL"], config["THREADS"])
     app.jobs = Jobs(app.classifier, config["MAX_WAITING"], config["MAX_STUDIES"])

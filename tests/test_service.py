@@ -3,12 +3,15 @@
 import copy
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 
 import openapi_spec_validator
 import pytest
 from openapi_schema_validator import OAS31Validator
-from phantoms import ROOT, encode, make_app, phantom, post, series, until, zipped
+from phantoms import ROOT, encode, free_port, make_app, phantom, post, series, until, zipped
 
 import app as web
 
@@ -113,3 +116,37 @@ def test_whoever_prefers_json_gets_errors_as_json(client, accept, kind):
         response = client.open(path, method=method, headers={"Accept": accept})
         assert (response.status_code, response.mimetype) == (status, kind)
         assert kind == "text/html" or list(response.get_json()) == ["error"]
+
+
+NUMBER = "but it has to be a number from"
+UNWRITABLE = "/proc/nowhere", "which cannot be written: No such file or directory."
+
+
+@pytest.mark.parametrize("key, value, sentence", [
+    *(("THREADS", value, f"{NUMBER} 1 to 512, such as") for value in ("0", "-1", "many", "1e999", "9999")),
+    *(("RETENTION_HOURS", value, f"{NUMBER} 0.0001 to 1,000,000,000, such as 24.0.")
+      for value in ("nan", "inf", "Infinity", "0", "-24", "1e999", "a day", "")),
+    *(("MAX_FILES", value, f"{NUMBER} 1 to 1,000,000,000,000, such as 1000.")
+      for value in ("0", "-5", "2.5", "[1]", "null", "many")),
+    *((f"MAX_{name}", "-1", f"{NUMBER} 1 to") for name in (
+        "CONTENT_LENGTH", "SCANS", "PIXELS", "UNPACKED", "AT_ONCE", "STUDIES", "WAITING")),
+    ("KEEP_NAMES", "2", f"{NUMBER} 0 to 1, such as 1."),
+    ("UPLOADS", *UNWRITABLE), ("CORRECTIONS", *UNWRITABLE), ("AUDIT", *UNWRITABLE),
+    ("UPLOADS", __file__, "which cannot be written: File exists."),
+])
+def test_a_setting_that_cannot_be_ends_the_start_with_a_sentence(
+    tmp_path, monkeypatch, key, value, sentence
+):
+    monkeypatch.setenv("FLASK_UPLOADS", str(tmp_path))
+    monkeypatch.setenv(f"FLASK_{key}", value)
+    with pytest.raises(web.click.ClickException) as caught:
+        web.create_app()
+    assert caught.value.message.startswith(f"FLASK_{key} is ") and sentence in caught.value.message
+
+
+def test_that_sentence_is_all_that_is_printed():
+    command = [sys.executable, "-m", "flask", "run", "--port", str(free_port())]
+    settings = os.environ | {"FLASK_MAX_STUDIES": "0"}
+    run = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr == (
+        f"Error: FLASK_MAX_STUDIES is 0, {NUMBER} 1 to 1,000,000,000,000, such as 4.\n")
