@@ -11,6 +11,7 @@ import datetime
 import fcntl
 import gzip
 import hashlib
+import hmac
 import io
 import json
 import logging
@@ -45,6 +46,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from tqdm import tqdm
 from werkzeug import exceptions, formparser, utils
+from werkzeug.datastructures import WWWAuthenticate
 
 HERE = pathlib.Path(__file__).parent
 AUDIT = logging.getLogger("brain-mri.audit")
@@ -65,6 +67,7 @@ DEFAULTS = {
     "RETENTION_HOURS": 24.0,
     "KEEP_NAMES": 1,  # 0: results call the files "scan 1.jpg", "scan 2.jpg", …
     "THREADS": os.cpu_count() or 1,
+    "PASSWORD": "",  # which everybody is asked for, if there is one
     "CORS_ORIGINS": "",  # separated by commas
     "CORRECTIONS": "",  # a folder for scans that readers label; the notebook trains on it
     "AUDIT": "-",  # a file for a line of each thing done, "-" for standard error, "" for none
@@ -2316,8 +2319,22 @@ def add_headers(response: Response) -> Response:
         response.headers["Vary"] = "Origin"
         if request.origin in current_app.origins:
             response.headers["Access-Control-Allow-Origin"] = request.origin
+            response.headers["Access-Control-Allow-Headers"] = "Authorization"
             response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"
     return response
+
+
+@pages.before_app_request
+def ask_for_password() -> None:
+    """401 without the password of this server, where it has one; any user name will do."""
+    password, given = current_app.config["PASSWORD"], request.authorization
+    if not password or request.path == "/healthz" or request.method == "OPTIONS":
+        return  # browsers send no password ahead of a request of another origin
+    sent = (given and given.password) or ""
+    if not hmac.compare_digest(sent.encode(), password.encode(errors="surrogateescape")):
+        challenge = WWWAuthenticate("basic", {"realm": "Brain MRI", "charset": "UTF-8"})
+        sentence = "This server asks for its password, by HTTP Basic with any user name."
+        raise exceptions.Unauthorized(sentence, www_authenticate=challenge)
 
 
 @pages.before_app_request

@@ -1,5 +1,6 @@
 """What whoever runs the server may rely on: what it logs, and that it stays up."""
 
+import base64
 import copy
 import itertools
 import json
@@ -150,3 +151,28 @@ def test_that_sentence_is_all_that_is_printed():
     run = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr == (
         f"Error: FLASK_MAX_STUDIES is 0, {NUMBER} 1 to 1,000,000,000,000, such as 4.\n")
+
+
+@pytest.mark.parametrize("password", ["correct horse", "12.50", "true", "pässwörd:x"])
+def test_a_password_is_asked_for_everywhere_but_of_the_health_check(
+    tmp_path, monkeypatch, password
+):
+    """As it was written, by people and programs; a browser may look ahead without it."""
+    monkeypatch.setenv("FLASK_PASSWORD", password)
+    app = make_app(tmp_path, CORS_ORIGINS="https://a.example")
+    client, origin = app.test_client(), {"Origin": "https://a.example"}
+    paths = [path.format(upload_id="x" * 22, n=0, name="heat") for path in OPENAPI["paths"]]
+    for path in (*paths, "/nowhere", "/static/app.js"):
+        for given in (None, ("", ""), ("doe", password + "x"), (password, "doe")):
+            with client.get(path, auth=given) as refused, client.get(path, auth=("doe", password)) as seen:
+                assert (refused.status_code == 401) == (path != "/healthz")
+                assert seen.status_code != 401
+                assert path == "/healthz" or refused.headers["WWW-Authenticate"].startswith("Basic ")
+    assert client.post("/upload", headers={"Authorization": "Bearer x"}).status_code == 401
+    ahead = client.options("/upload", headers=origin)
+    assert ahead.status_code == 200 and ahead.headers["Access-Control-Allow-Headers"] == "Authorization"
+    basic = base64.b64encode(f"doe:{password}".encode()).decode()
+    for given, status in ((origin, 401), (origin | {"Authorization": f"Basic {basic}"}, 200)):
+        response = post(app, SCAN, headers=given)
+        assert (response.status_code, response.headers["Access-Control-Allow-Origin"]) == (
+            status, "https://a.example")
