@@ -47,6 +47,7 @@ from scipy import ndimage
 from tqdm import tqdm
 from werkzeug import exceptions, formparser, utils
 from werkzeug.datastructures import WWWAuthenticate
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 HERE = pathlib.Path(__file__).parent
 AUDIT = logging.getLogger("brain-mri.audit")
@@ -67,6 +68,7 @@ DEFAULTS = {
     "RETENTION_HOURS": 24.0,
     "KEEP_NAMES": 1,  # 0: results call the files "scan 1.jpg", "scan 2.jpg", …
     "THREADS": os.cpu_count() or 1,
+    "TRUSTED_PROXIES": 0,  # whose X-Forwarded-For, -Proto, -Host and -Prefix are believed
     "PASSWORD": "",  # which everybody is asked for, if there is one
     "CORS_ORIGINS": "",  # separated by commas
     "CORRECTIONS": "",  # a folder for scans that readers label; the notebook trains on it
@@ -75,8 +77,8 @@ DEFAULTS = {
 }
 
 
-RANGES = {"THREADS": (1, 512), "RETENTION_HOURS": (0.0001, 1e9)}  # else from 1 on
-RANGES |= dict.fromkeys(("KEEP_NAMES", "AUDIT_ADDRESSES"), (0, 1))
+RANGES = dict.fromkeys(("KEEP_NAMES", "AUDIT_ADDRESSES"), (0, 1))  # of numbers; else from 1 on
+RANGES |= {"TRUSTED_PROXIES": (0, 9), "THREADS": (1, 512), "RETENTION_HOURS": (0.0001, 1e9)}
 
 
 def configure(app: Flask, overrides: dict) -> None:
@@ -1998,7 +2000,7 @@ def index() -> str | Response:
 @pages.post("/upload")
 def upload() -> tuple[dict, int]:
     """The same for programs, in JSON."""
-    result = handle_upload()
+    result = addressed(handle_upload())
     return result, 202 if result["status"] == "running" else 200
 
 
@@ -2034,6 +2036,13 @@ def handle_upload() -> dict:
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
+
+
+def addressed(result: dict) -> dict:
+    """The same with the addresses of pictures below the path under which a proxy has this app."""
+    for scan in result["scans"]:
+        scan |= {key: scan[key] and request.root_path + scan[key] for key in ("scan", "heatmap")}
+    return result
 
 
 def submitted_files() -> tuple[list, str | None]:
@@ -2083,7 +2092,7 @@ def load_result(upload_id: str) -> dict:
     if result["status"] == "running" and is_old(path, SILENCE / 3600):
         error = "The server stopped while reading this study; send it again."
         result |= {"status": "failed", "error": error}
-    return result
+    return addressed(result)
 
 
 def load_scan(upload_id: str, n: int) -> tuple[dict, dict]:
@@ -2344,10 +2353,12 @@ def refuse_other_sites() -> None:
     if allowed or request.method in ("GET", "HEAD", "OPTIONS"):
         return
     site = request.headers.get("Sec-Fetch-Site")
-    same_host = request.origin is None or request.origin.partition("://")[2] == request.host
+    forwarded = request.headers.get("X-Forwarded-Host", "")  # no page can make a browser send it
+    hosts = {request.host, *map(str.strip, forwarded.split(","))} - {""}
+    same_host = request.origin is None or request.origin.partition("://")[2] in hosts
     if site not in (None, "same-origin", "none") or site is None and not same_host:
-        sentence = "The request came from a page of another site; open the form here and try again."
-        abort(403, sentence)
+        advice = "open the form here and try again; a proxy has to pass X-Forwarded-Host on"
+        abort(403, f"The request came from a page of another site than {request.host}; {advice}.")
 
 
 # ------------------------------------------------------------------------------- command
@@ -2561,4 +2572,6 @@ def create_app(overrides: dict | None = None) -> Flask:
     house = app.jobs, app.uploads, hours
     threading.Thread(target=keep_house, args=house, name="house", daemon=True).start()
     app.register_blueprint(pages)
+    proxies = config["TRUSTED_PROXIES"]
+    app.wsgi_app = ProxyFix(app.wsgi_app, proxies, proxies, proxies, x_prefix=proxies)
     return app

@@ -2,12 +2,14 @@
 
 import base64
 import copy
+import io
 import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import zipfile
 
 import openapi_spec_validator
 import pytest
@@ -176,3 +178,47 @@ def test_a_password_is_asked_for_everywhere_but_of_the_health_check(
         response = post(app, SCAN, headers=given)
         assert (response.status_code, response.headers["Access-Control-Allow-Origin"]) == (
             status, "https://a.example")
+
+
+@pytest.mark.parametrize("settings, way", [
+    ({"TRUSTED_PROXIES": 1}, {"headers": {"X-Forwarded-Prefix": "/mri"}}),
+    ({}, {"environ_overrides": {"SCRIPT_NAME": "/mri"}}),
+])
+def test_behind_a_path_every_address_carries_it(tmp_path, settings, way):
+    """On pages, in JSON, in redirects and in the ZIP, for a result of one scan and of many."""
+    app = make_app(tmp_path / "uploads", CORRECTIONS=str(tmp_path / "kept"), **settings)
+    client, addresses = app.test_client(), []
+    for files in ([SCAN], [zipped(**series(3))]):
+        form = {"file": [(io.BytesIO(data), "scan") for data in files]}
+        result = client.post("/upload", data=form, **way).get_json()
+        url = f"/results/{result['id']}"
+        addresses += re.findall(r"/[^\"]*\.png", json.dumps([result, client.get(f"{url}.json", **way).json]))
+        with client.get(f"{url}.zip", **way) as response:
+            archive = zipfile.ZipFile(io.BytesIO(response.data))
+        addresses += re.findall(r"/[^\"]*\.png", archive.read("result.json").decode())
+        for path in ("/", "/model", "/nowhere", url, f"{url}/0"):
+            text = client.get(path, **way).text
+            addresses += re.findall(r"\s(?:href|src|action|data-[a-z]+)=\"(/[^\"]*)\"", text)
+        changes = (f"{url}/0/label", f"{url}/cancel", f"{url}/delete")
+        addresses += [client.post(path, data={"label": "glioma"}, **way).location for path in changes]
+    addresses += [server["url"] for server in client.get("/openapi.json", **way).json["servers"]]
+    assert len(addresses) > 100 and not [each for each in addresses if not each.startswith("/mri")]
+    assert 'href="/model"' in make_app(tmp_path).test_client().get(
+        "/", headers={"X-Forwarded-Prefix": "/mri"}).text  # of a proxy that nobody trusts
+
+
+@pytest.mark.parametrize("origin, forwarded, status", [
+    ("https://mri.example", "mri.example", 303), ("http://mri.example:8080", "mri.example:8080", 303),
+    ("https://mri.example", "mri.example, inner.example", 303), ("https://mri.example", None, 403),
+    ("https://evil.example", "mri.example", 403), ("null", "mri.example", 403),
+])
+@pytest.mark.parametrize("proxies", [0, 1])
+def test_a_proxy_that_rewrites_the_host_turns_no_upload_away(
+    tmp_path, origin, forwarded, status, proxies
+):
+    app = make_app(tmp_path, TRUSTED_PROXIES=proxies)
+    headers = {"Host": "127.0.0.1:5000", "Origin": origin, "X-Forwarded-Host": forwarded}
+    headers = {name: value for name, value in headers.items() if value}
+    response = post(app, SCAN, to="/", headers=headers)
+    assert response.status_code == status
+    assert status == 303 or "a proxy has to pass X-Forwarded-Host on" in response.text
