@@ -12,6 +12,7 @@ import fcntl
 import gzip
 import hashlib
 import hmac
+import importlib.util
 import io
 import json
 import logging
@@ -42,7 +43,7 @@ from typing import NamedTuple
 import click
 import numpy as np
 from flask import Blueprint, Flask, Response, abort, current_app, redirect, render_template, request
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from tqdm import tqdm
 from werkzeug import exceptions, formparser, utils
@@ -669,6 +670,7 @@ def square(pixels, down, across):
 PERSON = ("PatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID")  # kept as a hash
 STUDY = ("PatientSex", "StudyID", "StudyDate", "StudyTime", "AccessionNumber")
 IDENTIFIERS = (*PERSON, *STUDY, "ReferringPhysicianName")
+SOURCE = ("SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID", "FrameOfReferenceUID")
 GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
 PLACE, SHADES = ("PlanePosition", "PlaneOrientation"), ("FrameVOILUT", "PixelValueTransformation")
 PARTS = (*PLACE, "PixelMeasures", *SHADES)  # of a frame, each a …Sequence
@@ -692,10 +694,12 @@ def read_dicom(data, name, reading):
     header = Header(inflated(data, name, reading))
     check_picture(header, name, reading)
     dataset, scans = header.dataset, []
-    more = {"identifiers": header.identifiers() if reading.identifiers else None}
+    known, more = header.identifiers() if reading.identifiers else None, {}
+    several = dataset.NumberOfFrames > 1
     try:
         for n, frame in enumerate(iter_pixels(dataset, indices=range(dataset.NumberOfFrames))):
             reading.check_time(name)
+            more["identifiers"] = known and known | {"frame": n + 1 if several else None}
             scans.append(dicom_scan(frame, header.of_frame(n), name, n, **more))
     except Exception as error:  # decoding happens here
         syntax = dataset.file_meta.TransferSyntaxUID
@@ -837,12 +841,15 @@ class Header:
         self.odd.add(f"{key} in the file makes no sense and was ignored.")
 
     def identifiers(self):
-        """What tells the patient and the study, as text in its own character set."""
-        known = dict.fromkeys(IDENTIFIERS, "")
-        for key in IDENTIFIERS:
+        """What tells the patient, the study and the object, as text in its own character set.
+
+        None of an object that nothing can refer to.
+        """
+        known = dict.fromkeys((*IDENTIFIERS, *SOURCE), "")
+        for key in known:
             with contextlib.suppress(Exception):  # as above
                 known[key] = str(self.dataset.get(key) or "")
-        return known
+        return known if known["SOPInstanceUID"] else None
 
     def complete(self):
         """Fill in what pydicom needs to decode the pixels; find the bits that hold a value."""
@@ -1640,6 +1647,13 @@ def heatmap_of(folder: pathlib.Path, box: tuple[int, int, int, int]) -> Image.Im
     return Image.alpha_composite(picture, heat_of(folder, box)).convert("RGB")
 
 
+def drawn_heatmap(folder: pathlib.Path, scan: dict, evidence: bool = False) -> Image.Image:
+    """The heatmap of a scan; without heat if it shows no tumor, unless `evidence` is asked for."""
+    if scan["verdict"] == NO_TUMOR and not evidence:
+        return Image.open(folder / "scan.png").convert("RGB")
+    return heatmap_of(folder, scan["crop"])
+
+
 def heat_of(folder: pathlib.Path, box: tuple[int, int, int, int]) -> Image.Image:
     """The heat of a scan that keep_scan() kept: RGBA, transparent where there is no evidence."""
     pixels = np.asarray(Image.open(folder / "scan.png").convert("L"))
@@ -1661,27 +1675,6 @@ def heat_levels(pixels: np.ndarray, heat: np.ndarray, box: tuple | None = None) 
     levels = np.zeros(pixels.shape, np.float32)
     levels[y0:y1, x0:x1] = ImageOps.fit(warm, (x1 - x0, y1 - y0), Image.Resampling.BICUBIC)
     return levels
-
-
-def secondary_capture(picture: Image.Image, identifiers: dict[str, str], n: int) -> bytes:
-    """An RGB picture as a DICOM Secondary Capture, of the study that `identifiers` name if any."""
-    from pydicom import Dataset, dcmwrite, uid
-
-    dataset, file, now = Dataset(), io.BytesIO(), datetime.datetime.now()
-    dataset.SpecificCharacterSet = "ISO_IR 192"
-    dataset.update({key: identifiers.get(key, "") for key in IDENTIFIERS})
-    dataset.StudyInstanceUID = identifiers.get("StudyInstanceUID") or uid.generate_uid()
-    dataset.SeriesInstanceUID = uid.generate_uid()
-    dataset.SOPClassUID = uid.SecondaryCaptureImageStorage
-    dataset.Modality, dataset.ConversionType = "OT", "WSD"
-    dataset.SeriesDescription = "Heatmap, not for diagnosis"
-    dataset.SeriesNumber, dataset.InstanceNumber = "1", str(n + 1)
-    dataset.ContentDate, dataset.ContentTime = f"{now:%Y%m%d}", f"{now:%H%M%S}"
-    dataset.ensure_file_meta()
-    dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    dataset.set_pixel_data(np.asarray(picture), "RGB", 8)
-    dcmwrite(file, dataset, enforce_file_format=True)
-    return file.getvalue()
 
 
 def keep_correction(folder: pathlib.Path, picture: bytes, label: str, patient: str) -> None:
@@ -1836,6 +1829,13 @@ def by_series(entries: list[dict]) -> dict[tuple, list[int]]:
     return numbers
 
 
+def series_of(result: dict) -> list[tuple[dict | None, list[int]]]:
+    """Each series of a result: its answer, or None without one, and the numbers of its scans."""
+    answers = {(found["study"], found["series"]): found for found in result["studies"]}
+    numbers = by_series(result["scans"])
+    return [(answers.get(place), places) for place, places in numbers.items()]
+
+
 def series_answers(entries: list[dict], card: dict) -> list[dict]:
     """What study_answer() says of each series, with its names, the most suspicious first."""
     answers = []
@@ -1963,6 +1963,153 @@ def keep_house(jobs: Jobs, uploads: pathlib.Path, hours: float) -> None:
                 sweep(uploads, hours)
 
 
+# --------------------------------------------------------------------- the network node
+
+NO_NETWORK = "This needs the libraries of the network node: pip install -r requirements.txt"
+CLASSIFIER, NOT_DIAGNOSTIC = "Brain MRI classifier", "not for diagnosis"
+SCHEME = "99BRAINMRI"  # of codes that no standard has; the others are of SNOMED CT
+FIGURES = {"probability": "Tumor probability", "low": "No tumor below", "high": "Tumor from"}
+PRESENCE = {"tumor": "Present", NO_TUMOR: "Absent", "uncertain": "Undetermined"}
+TYPES = {
+    "glioma": ("393564001", "SCT", "Glioma"),
+    "meningioma": ("302820008", "SCT", "Intracranial meningioma"),
+    "pituitary": ("127024001", "SCT", "Neoplasm of pituitary gland"),
+}
+
+
+def need_network() -> None:
+    """501 without the libraries that write and send DICOM objects."""
+    if not all(map(importlib.util.find_spec, ("highdicom", "pynetdicom", "dicomweb_client"))):
+        abort(501, NO_NETWORK)
+
+
+def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, bytes]:
+    """What a PACS can file of a result whose identifiers were kept, as files by name.
+
+    For each study a report (DICOM SR, TID 1500) and a series of heatmaps of the slices that carry
+    its answer. The same scans and model give the same UIDs.
+    """
+    from pydicom import Dataset, uid
+
+    entries, studies, objects = result["scans"], {}, {}
+    for path in folder.glob("*/identifiers.json") if result["status"] == "done" else ():
+        n, source = int(path.parent.name), Dataset()
+        source.known = json.loads(path.read_text())
+        source.update(source.known | dict.fromkeys(IDENTIFIERS, ""))  # libraries check these
+        source.StudyInstanceUID = source.known["StudyInstanceUID"]
+        source.frame = source.known["frame"] and [source.known["frame"]]
+        studies.setdefault(entries[n]["study"], {})[n] = source
+    for study, sources in studies.items():
+        seed = sorted(f"{source.SOPInstanceUID} {source.frame}" for source in sources.values())
+        seed.insert(0, result["model"]["sha256"])
+
+        def place(title, series, number, seed=seed):
+            """Where an object belongs, as highdicom has it."""
+            uids = [uid.generate_uid(entropy_srcs=[*seed, title, str(n)]) for n in (0, number)]
+            known = dict(zip(("series_instance_uid", "sop_instance_uid"), uids))
+            known |= {"series_number": series, "instance_number": number}
+            known |= {"manufacturer": CLASSIFIER, "software_versions": seed[0]}
+            known |= {"series_description": f"{title}, {NOT_DIAGNOSTIC}"}
+            return known | {"specific_character_set": "ISO_IR 192"}
+
+        answers = []  # each with the scans that carry it
+        for found, places in series_of(result):
+            if entries[places[0]]["study"] == study:
+                each = [(found, found["highest"])] if found else [(entries[n], [n]) for n in places]
+                answers += [(one, {n: sources[n] for n in of if n in sources}) for one, of in each]
+        report = report_of(answers, [*sources.values()], card, **place("Report", 9001, 1))
+        made = {f"report_{study}.dcm": report}
+        shown = sorted({n for _, of in answers for n in of if entries[n]["heatmap"]})
+        for number, n in enumerate(shown, 1):
+            picture = drawn_heatmap(folder / str(n), entries[n])
+            where = place("Heatmaps", 9002, number)
+            made[f"heatmap_{n}.dcm"] = heatmap_object(picture, sources[n], **where)
+        for name, dataset in made.items():
+            dataset.update({key: source.known[key] for key in IDENTIFIERS})
+            dataset.save_as(file := io.BytesIO(), enforce_file_format=True)
+            objects[name] = file.getvalue()
+    return objects
+
+
+def report_of(answers: list[tuple[dict, dict]], evidence: list, card: dict, **place):
+    """The answers of a study, each with the scans {number: header} that carry it, as DICOM SR."""
+    from highdicom import sr
+    from pydicom import uid
+    from pydicom.sr.codedict import codes
+
+    details = [f"model.keras sha256 {place['software_versions']}", NOT_DIAGNOSTIC]
+    known = {"algorithm_id": sr.AlgorithmIdentification(CLASSIFIER, card["created"], details)}
+    known["finding_sites"] = [sr.FindingSite(codes.SCT.Brain)]
+    known["finding_type"] = codes.SCT.Neoplasm
+    groups = []
+    for answer, carrying in answers:
+        name, rule = f"series {answer['series']}", card["thresholds"]
+        if "highest" in answer:
+            rule = rule | (card.get("study") or {})
+        else:
+            name += f", slice {answer['slice'] + 1}"
+        values = answer["tumor_probability"], rule["low"], rule["high"]
+        known["measurements"] = [
+            sr.Measurement(sr.CodedConcept(code, SCHEME, meaning), value, codes.UCUM.NoUnits)
+            for (code, meaning), value in zip(FIGURES.items(), values)
+            if value is not None
+        ]
+        known["qualitative_evaluations"] = [
+            sr.QualitativeEvaluation(sr.CodedConcept(*what), sr.CodedConcept(*code))
+            for what, code in coded(answer)
+        ]
+        known["source_images"] = [
+            sr.SourceImageForMeasurementGroup(image.SOPClassUID, image.SOPInstanceUID, image.frame)
+            for image in carrying.values()
+        ]
+        tracking = uid.generate_uid(entropy_srcs=[place["sop_instance_uid"], name])
+        tracking = sr.TrackingIdentifier(tracking, name)
+        groups.append(sr.MeasurementsAndQualitativeEvaluations(tracking, **known))
+    device = uid.generate_uid(entropy_srcs=[place["software_versions"]])
+    device = sr.DeviceObserverIdentifyingAttributes(device, CLASSIFIER)
+    observer = sr.ObserverContext(codes.DCM.Device, device)
+    context = sr.ObservationContext(observer_device_context=observer)
+    procedure, title = codes.LN.MRIUnspecifiedBodyRegion, codes.DCM.ImagingMeasurementReport
+    content = sr.MeasurementReport(context, procedure, groups, title)
+    return sr.ComprehensiveSR(evidence, content, is_complete=True, **place)
+
+
+def coded(answer: dict) -> Iterator[tuple]:
+    """Yield (name, value) as codes: whether there is a tumor and of which type."""
+    from pydicom.sr.codedict import codes
+
+    verdict, label = answer["verdict"], answer["label"]
+    reason = "rejected", SCHEME, (answer.get("reason") or "")[:64]
+    known = verdict in PRESENCE and getattr(codes.SCT, PRESENCE[verdict])
+    yield ("705057003", "SCT", "Presence"), known or reason
+    if label not in (None, NO_TUMOR):
+        known = TYPES.get(label, (label[:16], SCHEME, label[:64]))
+        yield ("type", SCHEME, "Most probable type"), known
+
+
+def heatmap_object(picture: Image.Image, source, **place):
+    """A heatmap of a scan, of which `source` is the header, as DICOM SC, marked in the picture."""
+    from highdicom.sc import SCImage
+    from pydicom import Dataset
+
+    scale = -(-256 // picture.width)
+    picture = picture.resize((picture.width * scale, picture.height * scale))
+    style = {"anchor": "ld", "font_size": picture.width / 18, "stroke_width": 2}
+    style |= {"fill": "white", "stroke_fill": "black"}
+    ImageDraw.Draw(picture).text((6, picture.height - 6), NOT_DIAGNOSTIC, **style)
+    kind = {"photometric_interpretation": "RGB", "bits_allocated": 8}
+    kind |= {"coordinate_system": "PATIENT", "patient_orientation": ("L", "P")}
+    dataset = SCImage.from_ref_dataset(source, np.asarray(picture), **kind, **place)
+    dataset.PatientOrientation, dataset.BodyPartExamined = "", "BRAIN"
+    dataset.FrameOfReferenceUID, shown = source.FrameOfReferenceUID, Dataset()
+    shown.ReferencedSOPClassUID = source.SOPClassUID
+    shown.ReferencedSOPInstanceUID = source.SOPInstanceUID
+    if source.frame:
+        shown.ReferencedFrameNumber = source.frame
+    dataset.SourceImageSequence = [shown]
+    return dataset
+
+
 # ------------------------------------------------------------------------- pages and API
 
 pages = Blueprint("pages", __name__, cli_group=None)
@@ -2011,7 +2158,8 @@ def handle_upload() -> dict:
     asked = len(files) if len(files) <= config["MAX_AT_ONCE"] else 1  # a study has its own queue
     with jobs.reserve(asked):
         named = [(file.filename, file.read()) for file in files]
-        identifiers = bool(request.form.get("identifiers"))
+        if identifiers := bool(request.form.get("identifiers")):
+            need_network()
         try:
             with jobs.reading:
                 scans, skipped = read_upload(named, current_app.limits, plane, identifiers)
@@ -2118,13 +2266,6 @@ def result_page(upload_id: str) -> str:
     return render_template("results.html", **known, example=screening_example(known["card"], True))
 
 
-def series_of(result: dict) -> list[tuple[dict | None, list[int]]]:
-    """Each series of a result: its answer, or None without one, and the numbers of its scans."""
-    answers = {(found["study"], found["series"]): found for found in result["studies"]}
-    numbers = by_series(result["scans"])
-    return [(answers.get(place), places) for place, places in numbers.items()]
-
-
 @pages.get("/results/<upload_id>/<int:n>")
 def scan_page(upload_id: str, n: int) -> str:
     """The answer for scan n of a result."""
@@ -2172,6 +2313,8 @@ def result_zip(upload_id: str) -> Response:
             if entry["verdict"] in ("tumor", "uncertain"):
                 heatmap = heatmap_of(folder / str(n), entry["crop"])
                 archive.writestr(f"heatmap_{n}.png", png_of(heatmap))
+        for name, data in dicom_objects(folder, result, current_app.classifier.card).items():
+            archive.writestr(f"dicom/{name}", data)
     file.seek(0)
     return utils.send_file(file, request.environ, "application/zip", True, f"{upload_id}.zip")
 
@@ -2188,26 +2331,9 @@ def picture(upload_id: str, n: int, name: str) -> Response:
     elif name == "heat":  # also where the answer is no tumor
         drawn = heat_of(path.parent, load_scan(upload_id, n)[1]["crop"])
     else:
-        drawn = drawn_heatmap(path.parent, load_scan(upload_id, n)[1])
+        scan = load_scan(upload_id, n)[1]
+        drawn = drawn_heatmap(path.parent, scan, "evidence" in request.args)
     return Response(png_of(drawn), mimetype="image/png")
-
-
-@pages.get("/results/<upload_id>/<int:n>/heatmap.dcm")
-def heatmap_dicom(upload_id: str, n: int) -> Response:
-    """The heatmap as a DICOM Secondary Capture."""
-    scan, folder = load_scan(upload_id, n)[1], result_folder(upload_id) / str(n)
-    drawn, kept = drawn_heatmap(folder, scan), folder / "identifiers.json"
-    identifiers = json.loads(kept.read_text()) if kept.exists() else {}
-    headers = {"Content-Disposition": f"attachment; filename=heatmap_{n}.dcm"}
-    data = secondary_capture(drawn, identifiers, n)
-    return Response(data, mimetype="application/dicom", headers=headers)
-
-
-def drawn_heatmap(folder: pathlib.Path, scan: dict) -> Image.Image:
-    """The heatmap of a scan; without heat if it shows no tumor, unless `evidence` is asked for."""
-    if scan["verdict"] == NO_TUMOR and "evidence" not in request.args:
-        return Image.open(folder / "scan.png").convert("RGB")
-    return heatmap_of(folder, scan["crop"])
 
 
 @pages.post("/results/<upload_id>/<int:n>/label")
