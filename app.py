@@ -7,7 +7,6 @@ joins them. Not a medical device.
 
 import contextlib
 import csv
-import datetime
 import fcntl
 import gzip
 import hashlib
@@ -52,6 +51,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 HERE = pathlib.Path(__file__).parent
 AUDIT = logging.getLogger("brain-mri.audit")
+UTC = "%Y-%m-%dT%H:%M:%SZ"
 
 # ------------------------------------------------------------------------------ settings
 
@@ -102,23 +102,26 @@ def configure(app: Flask, overrides: dict) -> None:
             raise click.ClickException(f"FLASK_{key} is {value!r}, but it has to be {wanted}.")
 
 
-@contextlib.contextmanager
-def writing(app: Flask, key: str) -> Iterator[pathlib.Path]:
-    """The path that a setting names; what cannot be written there ends the start."""
-    try:
-        yield pathlib.Path(app.config[key])
-    except OSError as error:
-        sentence = f"FLASK_{key} is {app.config[key]!r}, which cannot be written: {error.strerror}."
-        raise click.ClickException(sentence) from None
+def open_for_writing(config: dict) -> None:
+    """Open the audit, and make the folders that settings name; what fails ends the start."""
+    for key in ("AUDIT", "UPLOADS", "CORRECTIONS"):
+        try:
+            if key == "AUDIT":
+                open_audit(config[key])
+            elif config[key]:
+                os.makedirs(config[key], exist_ok=True)
+                tempfile.TemporaryFile(dir=config[key]).close()
+        except OSError as error:
+            why = f"which cannot be written: {error.strerror}"
+            raise click.ClickException(f"FLASK_{key} is {config[key]!r}, {why}.") from None
 
 
 def open_audit(target: str) -> None:
     """Write what audit() is told to a file, which may be rotated, to standard error, or nowhere."""
-    for old in AUDIT.handlers[:]:
-        AUDIT.removeHandler(old)
+    for old in AUDIT.handlers:
         old.close()
     plain = {"": logging.NullHandler, "-": logging.StreamHandler}
-    AUDIT.addHandler(plain[target]() if target in plain else WatchedFileHandler(target))
+    AUDIT.handlers = [plain[target]() if target in plain else WatchedFileHandler(target)]
     AUDIT.setLevel(logging.INFO)
     AUDIT.propagate = False
 
@@ -127,21 +130,11 @@ def audit(kind: str, **facts) -> None:
     """Log one thing that was done as a line of JSON; `facts` hold no names of files or people."""
     if request and current_app.config["AUDIT_ADDRESSES"]:
         facts["address"] = request.remote_addr
-    line = json.dumps({"time": utc_now(), "kind": kind} | facts)
+    line = json.dumps({"time": time.strftime(UTC, time.gmtime()), "kind": kind} | facts)
     try:
         AUDIT.info(line)
     except OSError:  # the file was rotated, and no new one can be made
         logging.exception("not in the audit: %s", line)
-
-
-def utc_now() -> str:
-    """The time in ISO 8601, to the second."""
-    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
-
-
-def seconds_since(start: float) -> float:
-    """Seconds since a time of time.monotonic(), to the millisecond."""
-    return round(time.monotonic() - start, 3)
 
 
 # --------------------------------------------------------------------------------- scans
@@ -1578,13 +1571,17 @@ HEAT_COLOURS = {"black": (0, 0, 4), "mid": (188, 55, 84), "white": (252, 255, 16
 GONE = "This result does not exist or has been removed."
 
 
+class Damaged(OSError):
+    """A file of a result does not hold what was written."""
+
+
 def new_result(model: dict, scans: list[Scan], skipped: list[Skipped]) -> dict:
     """The result of an upload, as result.json holds it, before anything of it is answered."""
     studies = len({scan.study for scan in scans} - {None})
     several = f"These scans belong to {studies} patients or studies; each is answered on its own."
     return {
         "id": secrets.token_urlsafe(16),
-        "created": utc_now(),
+        "created": time.strftime(UTC, time.gmtime()),
         "status": "running",
         "progress": 0.0,
         "total": len(scans),
@@ -1634,6 +1631,47 @@ def keep_scan(folder: pathlib.Path, scan: Scan, finding: Finding) -> None:
         (folder / "identifiers.json").write_text(json.dumps(scan.identifiers))
 
 
+def read_kept(path: pathlib.Path, decode: Callable[[bytes], object]) -> object:
+    """What `decode` makes of a file of a result; raises Damaged if it is not what was written."""
+    data = path.read_bytes()
+    try:
+        return decode(data)
+    except Exception as error:  # whatever a library raises
+        raise Damaged(f"{path} is damaged: {error}") from error
+
+
+def decode_result(data: bytes) -> dict:
+    """The result in the bytes of a result.json; raises ValueError if it is none."""
+    return result_check()(json.loads(data))
+
+
+@cache
+def result_check():
+    """A function that raises ValueError for what is no Result of openapi.json, else returns it."""
+    import fastjsonschema
+
+    components = json.loads((HERE / "static" / "openapi.json").read_text())["components"]
+    return fastjsonschema.compile({"$ref": "#/components/schemas/Result", "components": components})
+
+
+def is_damaged(folder: pathlib.Path) -> bool:
+    """Whether a file of a finished upload is cut off, or a reader has met damage."""
+    try:
+        result, parts = read_kept(folder / "result.json", decode_result), []
+    except Damaged:
+        return True
+    for n, scan in enumerate(result["scans"] if result["status"] == "done" else []):
+        parts.append((n, "scan.png", math.prod(scan["kept"])))  # a pixel takes a byte or more
+        parts += [(n, "heat.f32", 784)] if scan["heatmap"] else []
+    sizes = (((folder / str(n) / name).stat().st_size, least) for n, name, least in parts)
+    return (folder / "damaged").exists() or any(size < least for size, least in sizes)
+
+
+def kept_picture(folder: pathlib.Path) -> Image.Image:
+    """The grey picture that keep_scan() kept."""
+    return read_kept(folder / "scan.png", lambda data: Image.open(io.BytesIO(data)).convert("L"))
+
+
 def png_of(picture: Image.Image, **options) -> bytes:
     """A picture as a PNG file, compressed fast unless Pillow's `options` say otherwise."""
     file = io.BytesIO()
@@ -1643,21 +1681,22 @@ def png_of(picture: Image.Image, **options) -> bytes:
 
 def heatmap_of(folder: pathlib.Path, box: tuple[int, int, int, int]) -> Image.Image:
     """The scan that keep_scan() kept, whose head lies in `box`, with the heat over it."""
-    picture = Image.open(folder / "scan.png").convert("RGBA")
-    return Image.alpha_composite(picture, heat_of(folder, box)).convert("RGB")
+    picture = kept_picture(folder)
+    heat = heat_of(folder, picture, box)
+    return Image.alpha_composite(picture.convert("RGBA"), heat).convert("RGB")
 
 
 def drawn_heatmap(folder: pathlib.Path, scan: dict, evidence: bool = False) -> Image.Image:
     """The heatmap of a scan; without heat if it shows no tumor, unless `evidence` is asked for."""
     if scan["verdict"] == NO_TUMOR and not evidence:
-        return Image.open(folder / "scan.png").convert("RGB")
+        return kept_picture(folder).convert("RGB")
     return heatmap_of(folder, scan["crop"])
 
 
-def heat_of(folder: pathlib.Path, box: tuple[int, int, int, int]) -> Image.Image:
+def heat_of(folder: pathlib.Path, picture: Image.Image, box: tuple) -> Image.Image:
     """The heat of a scan that keep_scan() kept: RGBA, transparent where there is no evidence."""
-    pixels = np.asarray(Image.open(folder / "scan.png").convert("L"))
-    heat = np.fromfile(folder / "heat.f32", np.float32).reshape(14, 14)
+    pixels, path = np.asarray(picture), folder / "heat.f32"
+    heat = read_kept(path, lambda data: np.frombuffer(data, np.float32).reshape(14, 14))
     shares = heat_levels(pixels, heat, box).clip(0, 1)
     levels = Image.fromarray((shares * 255).astype(np.uint8))
     coloured = ImageOps.colorize(levels, **HEAT_COLOURS)
@@ -1709,13 +1748,14 @@ def is_old(path: pathlib.Path, hours: float) -> bool:
 
 
 def sweep(uploads: pathlib.Path, hours: float) -> None:
-    """Remove the uploads older than `hours`, half-written ones included, and nothing else."""
+    """Remove the uploads older than `hours`, half-written ones included, and damaged ones."""
     for folder in uploads.iterdir():
         with contextlib.suppress(OSError):  # another worker was faster, or the disk fails here
             upload_id = folder.name.removeprefix(".")
-            if ID.fullmatch(upload_id) and is_old(folder, hours):
+            why = "age" if is_old(folder, hours) else is_damaged(folder) and "damage"
+            if ID.fullmatch(upload_id) and why:
                 shutil.rmtree(folder)
-                audit("deletion", id=upload_id, why="age")
+                audit("deletion", id=upload_id, why=why)
 
 
 def csv_columns(labels: list[str]) -> list[str]:
@@ -1770,8 +1810,8 @@ def answer(classifier: Classifier, folder: pathlib.Path, result: dict, scans: li
         facts = {"scans": len(scans), "status": result["status"].replace("running", "failed")}
         facts["verdicts"] = Counter(entry["verdict"] for entry in result["scans"])
         facts["verdict"] = result["study"] and result["study"]["verdict"]
-        facts |= {"model": result["model"]["sha256"], "seconds": seconds_since(start)}
-        audit("answer", id=result["id"], **facts)
+        seconds = round(time.monotonic() - start, 3)
+        audit("answer", id=result["id"], **facts, model=result["model"]["sha256"], seconds=seconds)
 
 
 def answer_all(classifier, folder, result, scans):
@@ -1989,16 +2029,12 @@ def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, b
     For each study a report (DICOM SR, TID 1500) and a series of heatmaps of the slices that carry
     its answer. The same scans and model give the same UIDs.
     """
-    from pydicom import Dataset, uid
+    from pydicom import uid
 
     entries, studies, objects = result["scans"], {}, {}
     for path in folder.glob("*/identifiers.json") if result["status"] == "done" else ():
-        n, source = int(path.parent.name), Dataset()
-        source.known = json.loads(path.read_text())
-        source.update(source.known | dict.fromkeys(IDENTIFIERS, ""))  # libraries check these
-        source.StudyInstanceUID = source.known["StudyInstanceUID"]
-        source.frame = source.known["frame"] and [source.known["frame"]]
-        studies.setdefault(entries[n]["study"], {})[n] = source
+        n = int(path.parent.name)
+        studies.setdefault(entries[n]["study"], {})[n] = read_kept(path, source_of)
     for study, sources in studies.items():
         seed = sorted(f"{source.SOPInstanceUID} {source.frame}" for source in sources.values())
         seed.insert(0, result["model"]["sha256"])
@@ -2025,10 +2061,23 @@ def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, b
             where = place("Heatmaps", 9002, number)
             made[f"heatmap_{n}.dcm"] = heatmap_object(picture, sources[n], **where)
         for name, dataset in made.items():
-            dataset.update({key: source.known[key] for key in IDENTIFIERS})
+            known = next(iter(sources.values())).known
+            dataset.update({key: known[key] for key in IDENTIFIERS})
             dataset.save_as(file := io.BytesIO(), enforce_file_format=True)
             objects[name] = file.getvalue()
     return objects
+
+
+def source_of(data):
+    """The header of a scan in the bytes of its identifiers.json, all of it in `known`."""
+    from pydicom import Dataset
+
+    source = Dataset()
+    source.known = json.loads(data)
+    source.update(source.known | dict.fromkeys(IDENTIFIERS, ""))  # libraries check these
+    source.StudyInstanceUID = source.known["StudyInstanceUID"]
+    source.frame = source.known["frame"] and [source.known["frame"]]
+    return source
 
 
 def report_of(answers: list[tuple[dict, dict]], evidence: list, card: dict, **place):
@@ -2174,7 +2223,8 @@ def handle_upload() -> dict:
             jobs.start(folder, result.copy(), scans)
         facts = {"status": status, "files": len(files), "bytes": sum(len(d) for _, d in named)}
         facts |= {"scans": len(scans), "skipped": len(skipped)}
-        audit("upload", id=result["id"], **facts, seconds=seconds_since(start))
+        facts["seconds"] = round(time.monotonic() - start, 3)
+        audit("upload", id=result["id"], **facts)
         if status == 202:
             return result | {"scans": []}
         with jobs.reserve(len(scans) - asked, force=True):
@@ -2236,7 +2286,7 @@ def result_folder(upload_id: str) -> pathlib.Path:
 def load_result(upload_id: str) -> dict:
     """A result, or 404; one that shows no sign of life any more has failed."""
     path = result_folder(upload_id) / "result.json"
-    result = json.loads(path.read_text())
+    result = read_kept(path, decode_result)
     if result["status"] == "running" and is_old(path, SILENCE / 3600):
         error = "The server stopped while reading this study; send it again."
         result |= {"status": "failed", "error": error}
@@ -2305,8 +2355,9 @@ def result_csv(upload_id: str) -> Response:
 def result_zip(upload_id: str) -> Response:
     """Everything at once: CSV, JSON, and the heatmaps of the scans that show evidence."""
     result, folder = load_result(upload_id), result_folder(upload_id)
-    file = tempfile.TemporaryFile()  # noqa: SIM115  the response closes it
-    with zipfile.ZipFile(file, "w") as archive:
+    with contextlib.ExitStack() as failing:
+        file = failing.enter_context(tempfile.TemporaryFile())
+        archive = failing.enter_context(zipfile.ZipFile(file, "w"))
         archive.writestr("result.json", current_app.json.dumps(result))
         archive.writestr("result.csv", csv_of(result))
         for n, entry in enumerate(result["scans"]):
@@ -2315,6 +2366,8 @@ def result_zip(upload_id: str) -> Response:
                 archive.writestr(f"heatmap_{n}.png", png_of(heatmap))
         for name, data in dicom_objects(folder, result, current_app.classifier.card).items():
             archive.writestr(f"dicom/{name}", data)
+        archive.close()
+        failing.pop_all()  # the response closes the file
     file.seek(0)
     return utils.send_file(file, request.environ, "application/zip", True, f"{upload_id}.zip")
 
@@ -2322,17 +2375,18 @@ def result_zip(upload_id: str) -> Response:
 @pages.get("/results/<upload_id>/<int:n>/<any(scan, thumbnail, heatmap, heat):name>.png")
 def picture(upload_id: str, n: int, name: str) -> Response:
     """The scan as it was read; a thumbnail of it; the heat over it, or alone to be laid over it."""
-    path = result_folder(upload_id) / str(n) / "scan.png"
-    if name == "scan":
-        return utils.send_file(path, request.environ)
-    if name == "thumbnail":
-        drawn = Image.open(path).convert("L")
-        drawn.thumbnail((96, 96), Image.Resampling.BILINEAR)
-    elif name == "heat":  # also where the answer is no tumor
-        drawn = heat_of(path.parent, load_scan(upload_id, n)[1]["crop"])
-    else:
+    folder = result_folder(upload_id) / str(n)
+    if name == "heatmap":
         scan = load_scan(upload_id, n)[1]
-        drawn = drawn_heatmap(path.parent, scan, "evidence" in request.args)
+        drawn = drawn_heatmap(folder, scan, "evidence" in request.args)
+    else:
+        drawn = kept_picture(folder)
+    if name == "scan":
+        return utils.send_file(folder / "scan.png", request.environ)
+    if name == "thumbnail":
+        drawn.thumbnail((96, 96), Image.Resampling.BILINEAR)
+    if name == "heat":  # also where the answer is no tumor
+        drawn = heat_of(folder, drawn, load_scan(upload_id, n)[1]["crop"])
     return Response(png_of(drawn), mimetype="image/png")
 
 
@@ -2346,7 +2400,8 @@ def correct(upload_id: str, n: int) -> Response:
     if label not in labels:
         abort(400, f"The label has to be one of {', '.join(labels)}.")
     study = load_scan(upload_id, n)[1]["study"]
-    picture = (result_folder(upload_id) / str(n) / "scan.png").read_bytes()
+    kept_picture(kept := result_folder(upload_id) / str(n))  # a damaged one teaches nothing
+    picture = (kept / "scan.png").read_bytes()
     patient = hashlib.sha256(f"{upload_id} {study or n}".encode()).hexdigest()[:16]  # in one part
     keep_correction(pathlib.Path(folder), picture, label, patient)
     audit("correction", id=upload_id, scan=n, label=label)
@@ -2423,7 +2478,7 @@ def show_error(error: exceptions.HTTPException) -> Response:
     if request.method == "POST" and request.path in ("/", "/upload"):
         audit("upload", id=None, status=error.code)
     response, fault = error.get_response(), "Something went wrong on the server; the log has it."
-    sentence = fault if error.code == 500 else error.description
+    sentence = fault if getattr(error, "original_exception", None) else error.description
     kind = request.accept_mimetypes.best_match(("text/html", "application/json"))
     for_programs = request.path in ("/upload", "/healthz") or request.path.endswith(".json")
     if for_programs or kind == "application/json":
@@ -2436,10 +2491,19 @@ def show_error(error: exceptions.HTTPException) -> Response:
 
 @pages.app_errorhandler(OSError)
 def show_storage_error(error: OSError) -> Response:
-    """The disk is full, read-only or away; or there is no such picture, or it was just removed."""
-    if isinstance(error, FileNotFoundError) and "upload_id" in (request.view_args or {}):
+    """The disk is full, read-only or away, or what it holds of a result is removed or damaged."""
+    asked = (request.view_args or {}).get("upload_id")
+    if isinstance(error, FileNotFoundError) and asked:
         return show_error(exceptions.NotFound(GONE))
-    current_app.logger.error("a result could not be kept: %s", error.strerror)
+    current_app.logger.error("a result could not be kept or read: %s", error)
+    if isinstance(error, Damaged):
+        with contextlib.suppress(OSError):
+            (current_app.uploads / asked / "damaged").touch()  # for sweep()
+        sentence = "What the server keeps of this result is damaged; send the scans again."
+        return show_error(exceptions.Gone(sentence))
+    if request.method != "POST":
+        sentence = "The server's disk fails at the moment; try again later."
+        return show_error(exceptions.InternalServerError(sentence))
     sentence = "The server cannot keep results at the moment; try again later."
     return show_error(exceptions.ServiceUnavailable(sentence, retry_after=60))
 
@@ -2682,12 +2746,7 @@ def create_app(overrides: dict | None = None) -> Flask:
     app.json.sort_keys = False  # a result reads from its id to its model
     configure(app, overrides or {})
     config = app.config
-    with writing(app, "AUDIT"):
-        open_audit(config["AUDIT"])
-    for key in ("UPLOADS", *(["CORRECTIONS"] if config["CORRECTIONS"] else [])):
-        with writing(app, key) as folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+    open_for_writing(config)
     app.limits = Limits(*(config[f"MAX_{name.upper()}"] for name in Limits._fields))
     app.origins = {origin.strip() for origin in config["CORS_ORIGINS"].split(",")} - {""}
     config["MAX_FORM_PARTS"] = config["MAX_FILES"] + 100  # submitted_files() has the sentence

@@ -113,6 +113,14 @@ def test_the_zip_holds_what_a_pacs_can_file_if_identifiers_were_kept(app, send, 
     assert not in_zip(app, send(*sent).get_json())
 
 
+def test_two_patients_of_one_upload_are_filed_each_under_their_own_name(app, send):
+    sent = drawn(3, "1.2.3", PatientID="A") + drawn(3, "1.2.4", PatientID="B")
+    objects = in_zip(app, send(*sent, identifiers="keep").get_json())
+    filed = [pydicom.dcmread(io.BytesIO(data)) for data in objects]
+    found = {(one.PatientID, one.StudyInstanceUID) for one in filed}
+    assert found == {("A", "1.2.3"), ("B", "1.2.4")}
+
+
 def test_the_report_names_frames_and_says_what_was_rejected(app, send):
     frames = np.stack([deep(1), np.zeros_like(deep(1)) + 7])
     data = dicom(frames, SOPClassUID=uid.EnhancedMRImageStorage, NumberOfFrames=2, **TAGS)

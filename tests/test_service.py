@@ -12,9 +12,10 @@ import sys
 import zipfile
 
 import openapi_spec_validator
+import phantoms
 import pytest
 from openapi_schema_validator import OAS31Validator
-from phantoms import ROOT, encode, free_port, make_app, phantom, post, series, until, zipped
+from phantoms import ROOT, deep, dicom, encode, make_app, phantom, post, series, until, zipped
 
 import app as web
 
@@ -153,7 +154,7 @@ def test_a_setting_that_cannot_be_ends_the_start_with_a_sentence(
 
 
 def test_that_sentence_is_all_that_is_printed():
-    command = [sys.executable, "-m", "flask", "run", "--port", str(free_port())]
+    command = [sys.executable, "-m", "flask", "run", "--port", str(phantoms.free_port())]
     settings = os.environ | {"FLASK_MAX_STUDIES": "0"}
     run = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr == (
@@ -227,3 +228,65 @@ def test_a_proxy_that_rewrites_the_host_turns_no_upload_away(
     response = post(app, SCAN, to="/", headers=headers)
     assert response.status_code == status
     assert status == 303 or "a proxy has to pass X-Forwarded-Host on" in response.text
+
+
+def changed(**values):
+    """A change of a result.json: these values are put in, those of a scan in its first scan."""
+    def change(data):
+        result = json.loads(data)
+        inner = {key: values[key] for key in values if key in result["scans"][0]}
+        result["scans"][0].update(inner)
+        return json.dumps(result | {key: values[key] for key in values if key not in inner}).encode()
+    return change
+
+
+def half(data):
+    return data[: len(data) // 2]
+
+
+@pytest.mark.parametrize("read_first", [False, True])
+@pytest.mark.parametrize("file, change, swept", [
+    *(("result.json", change, True) for change in (
+        half, lambda _: b"", lambda _: b"[]", lambda _: b"{}", lambda _: b"null", lambda _: b"\0" * 99,
+        changed(scans=[{}]), changed(scans=[1]), changed(studies={}), changed(tumor_probability="x"),
+        changed(crop=[1, 2]), changed(probabilities=[]), changed(warnings=None), changed(checks=[3]),
+        changed(kept="512"), changed(model={}), changed(status="lost"), changed(skipped=[None]))),
+    *(("0/scan.png", change, True) for change in (half, lambda _: b"")),
+    ("0/scan.png", lambda data: data[:-200], False),
+    ("0/scan.png", lambda data: data[:100] + bytes(99) + data[199:], False),
+    *(("0/heat.f32", change, True) for change in (half, lambda _: b"")),
+    *(("0/identifiers.json", change, False) for change in (half, lambda _: b"[1]", lambda _: b"")),
+])
+def test_damage_on_the_disk_is_said_and_swept(tmp_path, file, change, swept, read_first):
+    """Each address answers as ever or 410, with one sentence; what is `swept` needs no reader."""
+    app = make_app(tmp_path, CORRECTIONS="")
+    client = app.test_client()
+    sent = post(app, (dicom(deep(1)), "a.dcm"), (SCAN, "b.jpg"), identifiers="keep").get_json()
+    url, path = f"/results/{sent['id']}", tmp_path / sent["id"] / file
+    path.write_bytes(change(path.read_bytes()))
+    said, names = set(), ("scan", "thumbnail", "heat", "heatmap")
+    for (address, method), name in itertools.product(OPERATIONS, names if read_first else ()):
+        if method == "get" and "upload_id" in address:
+            at = address.format(upload_id=sent["id"], n=0, name=name) + "?evidence"
+            with client.get(at, headers={"Accept": "application/json"}) as response:
+                whole = file[0] == "0" or at.endswith(("scan.png?evidence", "thumbnail.png?evidence"))
+                assert response.status_code == 410 or response.status_code == 200 and whole
+                said |= {response.get_json()["error"]} if response.status_code == 410 else set()
+    sentence = "What the server keeps of this result is damaged; send the scans again."
+    assert said == ({sentence} if read_first else set())
+    web.sweep(tmp_path, 24)
+    assert path.exists() != (swept or read_first)
+    assert client.get(url).status_code == (200 if path.exists() else 404)
+
+
+def test_a_disk_that_fails_is_never_taken_for_a_full_one(app, client):
+    """What cannot be read is neither damaged nor removed."""
+    app.testing = False
+    result = post(app, SCAN).get_json()
+    path = app.uploads / result["id"] / "0" / "scan.png"
+    path.unlink()
+    path.mkdir()
+    response = client.get(result["scans"][0]["scan"], headers={"Accept": "application/json"})
+    assert (response.status_code, response.get_json()["error"]) == (
+        500, "The server's disk fails at the moment; try again later.")
+    assert client.get(f"/results/{result['id']}").status_code == 200
