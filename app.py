@@ -2320,10 +2320,7 @@ def result_page(upload_id: str) -> str:
 def scan_page(upload_id: str, n: int) -> str:
     """The answer for scan n of a result."""
     (result, scan), card = load_scan(upload_id, n), current_app.classifier.card
-    p, thresholds = scan["tumor_probability"], card["thresholds"]
-    marks = (0, thresholds["low"], thresholds["high"], 1)  # drawn as equal thirds
-    place = None if p is None else float(np.interp(p, marks, (0, 1 / 3, 2 / 3, 1)))
-    known = {"result": result, "scan": scan, "n": n, "card": card, "place": place}
+    known = {"result": result, "scan": scan, "n": n, "card": card}
     return render_template("result.html", **known, example=screening_example(card))
 
 
@@ -2421,7 +2418,7 @@ def delete(upload_id: str) -> Response:
     """Remove an upload at once, also while it is being answered."""
     shutil.rmtree(result_folder(upload_id).rename(current_app.uploads / f".{upload_id}"))
     audit("deletion", id=upload_id, why="asked for")
-    return redirect(current_app.url_for(".index"), 303)
+    return redirect(current_app.url_for(".index", deleted=1), 303)
 
 
 @pages.get("/model")

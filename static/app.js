@@ -161,6 +161,7 @@ if (viewer) {
     about.href = urlOf(link);
     about.className = link.getAttribute("class");
     viewer.querySelector(".evidence").textContent = link.dataset.evidence ?? "a tumor";
+    for (const series of document.querySelectorAll(".series a")) series.setAttribute("aria-current", place.get(urlOf(series))?.links === view.links);
   };
 
   const count = () => {
@@ -235,9 +236,15 @@ if (viewer) {
     act();
   });
 
+  const turn = (pixels) => { // a notch of a wheel is a slice; a touchpad sends many small turns
+    view.turned = (view.turned ?? 0) + pixels;
+    if (Math.abs(view.turned) < 40) return;
+    step(Math.sign(view.turned));
+    view.turned = 0;
+  };
   stack.addEventListener("wheel", (event) => {
     if (event.ctrlKey) zoom(event.deltaY < 0 ? 1.1 : 1 / 1.1); // a pinch on a touchpad
-    else if (view.links.length > 1) step(Math.sign(event.deltaY));
+    else if (view.links.length > 1) turn(event.deltaMode ? 40 * event.deltaY : event.deltaY);
     else return;
     event.preventDefault();
   }, { passive: false });
@@ -286,7 +293,6 @@ if (viewer) {
 
   viewer.tabIndex = 0;
   viewer.querySelector(".controls").hidden = false;
-  if (!about.dataset.evidence) control("overlay").disabled = true;
   kept.set(urlOf(about), { scan: layers.querySelector(".scan"), heat: layers.querySelector(".heat") ?? picturesOf(view.links[view.at]).heat });
   show(view.at);
 }

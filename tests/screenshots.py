@@ -1,8 +1,10 @@
 """Make the README's screenshot from the running app: python tests/screenshots.py"""
 
+import io
 import tempfile
 
 from phantoms import CHROMIUM, ROOT, make_app, served, shipped
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 
@@ -17,7 +19,8 @@ def main():
             page.get_by_role("link", name="a head with a bright spot").click()
             page.wait_for_url("**/results/*")
             page.wait_for_load_state("networkidle")
-            page.screenshot(path=ROOT / "static" / "screenshot.png", full_page=True)
+            drawn = Image.open(io.BytesIO(page.screenshot(full_page=True)))
+            drawn.convert("RGB").save(ROOT / "static" / "screenshot.png", optimize=True)
         browser.close()
 
 

@@ -6,9 +6,10 @@ import os
 import re
 import zipfile
 
+import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from phantoms import CHROMIUM, encode, make_app, phantom, picture, series, served, zipped
+from phantoms import CHROMIUM, encode, make_app, phantom, picture, series, served, static, zipped
 from playwright.sync_api import sync_playwright
 
 
@@ -19,9 +20,15 @@ def corrections(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory, corrections):
+def kept(tmp_path_factory):
+    """The folder in which the app keeps results."""
+    return tmp_path_factory.mktemp("uploads")
+
+
+@pytest.fixture(scope="module")
+def address(kept, corrections):
     """The address of the app, served on loopback."""
-    app = make_app(tmp_path_factory.mktemp("uploads"), CORRECTIONS=str(corrections))
+    app = make_app(kept, CORRECTIONS=str(corrections))
     with served(app) as port:
         yield f"http://127.0.0.1:{port}"
 
@@ -74,7 +81,7 @@ def test_a_visitor_uploads_a_scan_and_reads_the_answer(page):
     assert set(widths(page)) == {256}
     page.get_by_text("Delete …").click()
     page.get_by_role("button", name="Delete this result now").click()
-    page.wait_for_url("**/")
+    assert page.get_by_text("The result was deleted.").is_visible()
 
 
 def test_a_real_scan_gets_a_heatmap(page, real_scans):
@@ -174,6 +181,9 @@ def test_the_wheel_and_the_slider_move_through_the_slices(page, viewer):
         page.mouse.wheel(0, down)
         page.wait_for_selector(f"#viewer[data-slice='{at}']")
     assert page.evaluate("scrollY") == top
+    for _ in range(8):  # a touchpad
+        page.mouse.wheel(0, 10)
+    page.wait_for_selector("#viewer[data-slice='3']")
     viewer.locator("[name=slice]").fill("5")
     assert (shown(viewer), viewer.locator("output").inner_text()) == ("4", "5 of 8")
 
@@ -206,20 +216,36 @@ def test_no_tumor_has_no_heat_unless_asked_for(page, viewer):
     assert viewer.locator("img.heat").count() == 1
 
 
+PLACED = "layers => new DOMMatrix(getComputedStyle(layers).transform)"
+ZOOM = f"layers => ({PLACED})(layers).a"
+
+
 def test_the_picture_zooms_pans_and_goes_back(page, viewer):
-    scale = "layers => new DOMMatrix(getComputedStyle(layers).transform)"
     layers, stack = viewer.locator(".layers"), viewer.locator(".stack")
     viewer.press("+")
     viewer.press("+")
     viewer.press("-")
-    assert layers.evaluate(f"layers => ({scale})(layers).a") == pytest.approx(1.25)
+    assert layers.evaluate(ZOOM) == pytest.approx(1.25)
     stack.hover()
     page.mouse.down()
     page.mouse.move(0, 0, steps=3)
     page.mouse.up()
-    assert layers.evaluate(f"layers => ({scale})(layers).e") < 0
+    assert layers.evaluate(f"layers => ({PLACED})(layers).e") < 0
     stack.dblclick()
-    assert layers.evaluate(f"layers => ({scale})(layers).isIdentity")
+    assert layers.evaluate(f"layers => ({PLACED})(layers).isIdentity")
+
+
+def test_two_fingers_pinch_the_picture(page, viewer):
+    touch = page.context.new_cdp_session(page)
+    touch.send("Emulation.setTouchEmulationEnabled", {"enabled": True, "maxTouchPoints": 2})
+    viewer.locator(".stack").scroll_into_view_if_needed()
+    box = viewer.locator(".stack").bounding_box()
+    x, y = (box[start] + box[length] / 2 for start, length in (("x", "width"), ("y", "height")))
+    for kind, apart in ("touchStart", 40), ("touchMove", 60), ("touchMove", 80), ("touchEnd", None):
+        fingers = [{"x": x + way * apart, "y": y + way * apart, "id": way + 1} for way in (-1, 1) if apart]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+    assert viewer.locator(".layers").evaluate(ZOOM) == pytest.approx(2, rel=0.05)
+    assert page.evaluate("visualViewport.scale") == 1
 
 
 def test_dragging_with_the_right_button_sets_the_grey_levels(page, viewer):
@@ -250,6 +276,7 @@ def test_each_series_has_its_strip_and_opens_from_the_list(page):
     for n, count in ((0, "5"), (1, "6")):
         page.locator(".series a").nth(n).click()
         assert state(page.locator("#viewer"))[1] == count
+        assert page.locator(".series [aria-current=true]").inner_text().startswith(f"Series {n + 1}")
 
 
 def test_a_study_is_read_without_script(browser, address):
@@ -331,14 +358,33 @@ def test_what_was_chosen_is_counted_before_it_is_sent(page):
     assert page.locator("#chosen").inner_text() == "3 files, 9 kB"
 
 
-def test_the_whole_path_works_from_the_keyboard(page):
-    choose(page, picture("scan.png", encode(phantom(1))))
-    page.get_by_label("Scans").focus()
-    button = page.get_by_role("button", name="Analyze")
-    while not button.evaluate("button => button === document.activeElement"):
+def tab_to(page, target):
+    """Press Tab until a control has the focus; fails where that never comes."""
+    for _ in range(60):
         page.keyboard.press("Tab")
-    page.keyboard.press("Enter")
-    page.wait_for_url("**/results/*")
+        if target.evaluate("target => target === document.activeElement"):
+            return
+    raise AssertionError(f"no Tab leads to {target}")
+
+
+def test_the_whole_path_works_from_the_keyboard(page):
+    """From the start to an answer, its heat, a label, the deletion and its confirmation."""
+    for name in ("a head with a bright spot", "Heat map", "no tumor", "Delete …", "Delete this result now"):
+        tab_to(page, page.locator("a, button, summary").filter(has_text=name).last)
+        page.keyboard.press("Enter")
+        if name != "Delete …":
+            page.wait_for_load_state("networkidle")
+        if name == "Heat map":
+            assert page.locator("#viewer[data-overlay=off]").count() == 1
+    page.get_by_text("The result was deleted.").wait_for()
+
+
+def test_a_study_has_one_tab_stop_per_row(page, viewer):
+    """And none for the bars of its strip, which the viewer's own keys move through."""
+    page.get_by_text("All slices as a table").click()
+    stops = "all => all.filter((each) => each.tabIndex >= 0).length"
+    assert page.locator("tbody :is(a, button)").evaluate_all(stops) == page.locator("tbody tr").count() == 8
+    assert page.locator(".strip a").evaluate_all(stops) == 0
 
 
 def answered(page, *files):
@@ -349,14 +395,20 @@ def answered(page, *files):
     page.wait_for_load_state("networkidle")
 
 
-def test_a_result_prints_on_one_page(page):
-    """On A4 and on Letter, with both pictures and every section."""
-    choose(page, picture("scan.png", encode(phantom(3, lesion=True, side=512))))
-    page.get_by_role("button", name="Analyze").click()
-    page.wait_for_url("**/results/*")
+@pytest.mark.parametrize("files", [{"scan.png": encode(phantom(3, lesion=True, side=512))}, series(20)],
+                         ids=["scan", "study"])
+def test_a_result_prints_on_one_page(page, files):
+    """On A4 and on Letter, with pictures, sections and caveats, and nothing to press."""
+    answered(page, *[picture(name, data) for name, data in files.items()])
+    page.wait_for_selector("#viewer")
     for paper in ("A4", "Letter"):
         printed = page.pdf(format=paper, print_background=True)
         assert len(re.findall(rb"/Type /Page\b", printed)) == 1
+    page.emulate_media(media="print")
+    for shown in ("h1", ".stack img", ".colours", "footer", ".answered", *[".trio", ".series", ".strip"] * (len(files) > 1)):
+        assert page.locator(shown).first.is_visible(), shown
+    pressed = page.locator("button, input, summary, header nav, .actions, .links a")
+    assert not any(each.is_visible() for each in pressed.all())
 
 
 def unfolded(page, url):
@@ -365,23 +417,54 @@ def unfolded(page, url):
     page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_no_page_has_a_fault_that_axe_finds(page, address, scheme):
-    """WCAG A and AA, contrast included, on every kind of page."""
-    page.emulate_media(color_scheme=scheme)
-
-    def faults():
-        return [violation["id"] for violation in Axe().run(page).response["violations"]]
-
-    for path in ("/", "/model", "/nowhere"):
+def states(page, address, kept):
+    """Bring the page into every state, one after the other, all unfolded; yields their names."""
+    for path in ("/", "/?deleted=1", "/model", "/nowhere"):
         unfolded(page, address + path)
-        assert faults() == [], path
+        yield path
     page.goto(address)
-    answered(page)
-    assert faults() == []
-    page.goto(address)
-    answered(page, *[picture(f"{seed}.png", encode(phantom(seed))) for seed in range(3)])
-    assert faults() == []
+    choose(page, picture("notes.png", b"text"))
+    page.get_by_role("button", name="Analyze").click()
+    page.get_by_text("notes.png is not").wait_for()
+    yield "a bad file"
+    noise = encode(static(np.random.default_rng(0)))
+    uploads = {"scan": {"scan.png": encode(phantom(1, lesion=True))}, "rejected": {"noise.png": noise},
+               "pictures": {f"{n}.png": encode(phantom(n)) for n in range(3)}, "series": series(8)}
+    for name, files in uploads.items():
+        page.goto(address)
+        answered(page, *[picture(file, data) for file, data in files.items()])
+        path = kept / page.url.split("/")[-1] / "result.json"
+        found = json.loads(path.read_text())
+        for change in ({}, *{"scan": [{"verdict": "uncertain"}, {"verdict": "no_tumor"}],
+                             "series": [{"status": "running"}, {"status": "failed", "error": "Sent again."}]}.get(name, [])):
+            changed = found | change | {"scans": [scan | change for scan in found["scans"]]}
+            path.write_text(json.dumps(changed))
+            unfolded(page, f"{page.url.partition('?')[0]}?kept=glioma")
+            yield f"{name} {change}"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_page_has_a_fault_that_axe_finds(page, address, kept, scheme):
+    """WCAG A and AA, contrast included, in every state of every page."""
+    page.emulate_media(color_scheme=scheme)
+    for state in states(page, address, kept):
+        faults = [violation["id"] for violation in Axe().run(page).response["violations"]]
+        assert faults == [], state
+
+
+TOUCHED = """() => [...document.querySelectorAll("a, button, input, select, summary")]
+    .filter((each) => !each.closest("svg") && each.matches(":not(.skip)") && each.getClientRects().length)
+    .filter((each) => ["width", "height"].some((side) => each.getBoundingClientRect()[side] < 24))
+    .map((each) => each.outerHTML)"""
+
+
+def test_every_target_of_a_finger_has_24_pixels_on_a_phone(page, address, kept):
+    page.set_viewport_size({"width": 390, "height": 844})
+    for state in states(page, address, kept):
+        assert page.evaluate(TOUCHED) == [], state
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, state
+    page.goto(f"{address}/model")
+    assert page.evaluate("document.documentElement.scrollHeight") < 4000
 
 
 def test_nothing_jumps_while_the_answer_loads(page):

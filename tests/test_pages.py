@@ -106,14 +106,24 @@ def test_the_form_leads_to_a_page_with_the_answer(client, send, card):
         assert text in page
 
 
-def test_the_page_says_what_an_answer_is_worth_where_tumors_are_rare(app, client, result):
-    """Of 1,000 people 10 have a tumor; figures of other hospitals, or none."""
-    figures = {"tumors answered “no tumor”": {"value": 0.04},
-               "normals answered “tumor”": {"value": 0.1}}
-    for measured, shown in (({"Other hospitals": figures}, True), ({}, False)):
+def test_the_page_says_what_an_answer_is_worth_where_tumors_are_rare(app, client, send, result):
+    """Of 1,000 people 10 have a tumor; figures of the right group, of enough persons, or none."""
+    study = send(*[(data, name) for name, data in phantoms.series(16).items()]).get_json()
+    wrong = {"tumors answered “no tumor”": {"value": 0.04},
+             "normals answered “tumor”": {"value": 0.1}, "healthy answered “tumor”": {"value": 0}}
+    few, many = ({"Whole volumes": wrong | {"persons": persons}} for persons in (7, 70))
+    for sent, verdict, measured, sentence in (
+        (result, "tumor", {"Other hospitals": wrong}, "more than 9 found, 99 false alarms"),
+        (result, "no_tumor", {"Other hospitals": wrong}, "said of fewer than 1 of the 10. Measured in"),
+        (result, "tumor", {}, None), (study, "tumor", {"Other hospitals": wrong}, None),
+        (study, "tumor", few, "Measured on whole volumes of 7 persons only, too few to say"),
+        (study, "tumor", many, "more than 9 found, fewer than 1 false alarms"),
+    ):
+        (sent["study"] or sent["scans"][0])["verdict"] = verdict
+        (app.uploads / sent["id"] / "result.json").write_text(json.dumps(sent))
         app.classifier.card = app.classifier.card | {"figures": measured}
-        page = client.get(f"/results/{result['id']}").text
-        assert ("10 found, 99 false alarms" in page) == shown
+        page = client.get(f"/results/{sent['id']}").text
+        assert sentence in page if sentence else "Measured" not in page
 
 
 def test_many_scans_are_a_table_with_the_most_suspicious_first(client, send):
@@ -401,7 +411,7 @@ def test_ids_cannot_be_guessed(send):
 
 def test_delete_removes_the_upload_at_once(client, result, uploads):
     response = client.post(f"/results/{result['id']}/delete")
-    assert (response.status_code, response.location, uploads()) == (303, "/", [])
+    assert (response.status_code, response.location, uploads()) == (303, "/?deleted=1", [])
     assert client.get(f"/results/{result['id']}").status_code == 404
 
 
