@@ -198,7 +198,8 @@ class Scan:
     size: tuple[int, int] | None = None  # width and height as sent
     window: tuple[float, float] | None = None  # the stored values shown as black and as white
     colour: float = 0.0  # mean distance between the largest and smallest of R, G, B; 0 to 255
-    position: float = 0.0  # along the series, in mm where the file says so
+    position: float | None = None  # along the series in mm, as far as the file says so
+    order: tuple = ()  # numbers for the order of slices that have no place, or the same one
     instance: tuple | None = None  # the same in two slices of a series only if they are one
     study_key: str | None = None  # a hash that is the same for all files of a patient's study
     series_key: str | None = None  # and one for all files of the series
@@ -227,6 +228,7 @@ TOO_MUCH = {
     "scans": "{name} has {count} {what}, but only {left} more scans are allowed; send fewer.",
     "files": "{name} holds {count} files, but at most {left} are read.",
 }
+MORE_HELD = "{} holds more pixels than its header says; export it again."
 TOO_LARGE = "{name} is larger than {most} MB when unpacked; send it in parts."
 
 
@@ -287,8 +289,8 @@ def read_file(data, name, reading):
         return read_dicom(data, name, reading)
     if data[344:347] == b"n+1" or data[4:7] == b"n+2":
         return read_nifti(data, name, reading)
-    if data[344:347] == b"ni1":
-        raise UnreadableScan(f"{name} is half of a NIfTI pair; save the volume as one .nii file.")
+    if data[344:347] == b"ni1" or len(data) == 348 and data[:4] in (b"\\\1\0\0", b"\0\0\1\\"):
+        raise UnreadableScan(f"{name} is half of a volume; save both files as one .nii file.")
     if data[:4] in TIFF_STARTS:
         return read_tiff(data, name, reading)
     return [read_picture(data, name, reading)]
@@ -423,7 +425,7 @@ KINDS = ("JPEG", "PNG", "WEBP", "BMP")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 LARGE_SIDE = 3 * KEPT_SIDE  # of a picture beyond it only every few rows and columns are used
 JPEG_PASSES = 8  # times that a JPEG of the largest size may be gone through
-PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"acTL", b"IDAT", b"IEND")
 Image.MAX_IMAGE_PIXELS = None  # Reading.take_pictures() looks at the size
 
 
@@ -469,7 +471,9 @@ def read_picture(data, name, reading):
     turn = 1
     with contextlib.suppress(Exception):  # what Pillow raises on a damaged EXIF block
         turn = image.getexif().get(0x0112, 1)
-    return scan_of(grey, name, turn=turn, size=size)
+    several = "The file holds several pictures; the first was read."
+    remarks = (several,) * (getattr(image, "n_frames", 1) > 1)
+    return scan_of(grey, name, turn=turn, size=size, remarks=remarks)
 
 
 def png_essentials(data):
@@ -514,8 +518,13 @@ def read_tiff(data, name, reading):
             more = {"size": (page.imagewidth, page.imagelength), "turn": page.tags.valueof(274)}
             bytes_each = max(1, page.bitspersample // 8) * page.samplesperpixel
             reading.take_pictures(more["size"], name, bytes_each)
-            grey = grey_values(tiff_values(page, data, pillow, name))
-            scans.append(scan_of(grey, name, n, remarks=remarks, **more))
+            values = tiff_values(page, data, pillow, name)
+            others = 0 if any(page.extrasamples) else len(page.extrasamples)  # nor are they alpha
+            if others and values.ndim == 3 and values.shape[2] == page.samplesperpixel:
+                values = values[..., :-others]
+            channels = ("The page holds several channels; the first was read.",)
+            more["remarks"] = remarks + channels * (page.samplesperpixel == 1 + others > 1)
+            scans.append(scan_of(grey_values(values), name, n, **more))
         return scans
 
 
@@ -530,7 +539,8 @@ def tiff_values(page, data, pillow, name):
     tifffile reads every kind of number, but does not unpack all; Pillow does, but takes signed
     bytes for unsigned ones, drops half of deep colours and mixes up the bytes of others.
     """
-    bits, kind, white_is_zero = page.bitspersample, page.sampleformat, page.photometric == 0
+    bits, kind, unsaid = page.bitspersample, page.sampleformat, 262 not in page.tags
+    white_is_zero = page.photometric == 0 and not unsaid
     known = bits % 8 == 0 and page.dtype and page.photometric in range(4)
     if known and page.compression in (1, 8, 32946) and page.predictor in (1, 2):
         check_deflated(page, data)
@@ -544,7 +554,7 @@ def tiff_values(page, data, pillow, name):
         try:
             image = pillow()
             image.seek(page.index)
-            another = image.size != (page.imagewidth, page.imagelength)
+            another = unsaid or image.size != (page.imagewidth, page.imagelength)
             image = thinned_picture(image)
             exact = image.mode in ("L", "LA", "RGB", "RGBA", "F") or image.mode[0] == "I"
             values = np.asarray(image if exact else image.convert("RGB"))
@@ -606,11 +616,18 @@ def grey_values(values):
 def stretched(values):
     """Values float or int as Grey, scaled so that one hot pixel does not turn the head black.
 
-    What is no finite number takes no part and is black.
+    What is no finite number takes no part and is black, and so is one level far from all others,
+    with which some programs pad.
     """
     values = np.asarray(values, np.result_type(values, np.float32))
     some = (values[np.isfinite(values)] for values in (subsample(values)[1], values, np.zeros(1)))
-    black, white = np.percentile(next(filter(np.size, some)), (0.1, 99.9))
+    sample = next(filter(np.size, some))
+    for level in (sample.min(), sample.max()):
+        others = sample[sample != level]
+        black, white = np.percentile(others, (0.1, 99.9)) if len(others) else (level, level)
+        if black < white and max(black - level, level - white) > 2 * (white - black):
+            sample, values = others, np.where(values == level, np.nan, values)
+    black, white = np.percentile(sample, (0.1, 99.9))
     return Grey(to_uint8(values, black, white), (float(black), float(white)))
 
 
@@ -665,15 +682,20 @@ STUDY = ("PatientSex", "StudyID", "StudyDate", "StudyTime", "AccessionNumber")
 IDENTIFIERS = (*PERSON, *STUDY, "ReferringPhysicianName")
 SOURCE = ("SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID", "FrameOfReferenceUID")
 GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
+UPRIGHT = ((0, 1, 0, 0, 0, -1), (1, 0, 0, 0, 0, -1), (1, 0, 0, 0, 1, 0))  # of PLANES
 PLACE, SHADES = ("PlanePosition", "PlaneOrientation"), ("FrameVOILUT", "PixelValueTransformation")
-PARTS = (*PLACE, "PixelMeasures", *SHADES)  # of a frame, each a …Sequence
+PARTS = (*PLACE, "FrameContent", "PixelMeasures", *SHADES)  # of a frame, each a …Sequence
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 BLANKS = (None, "", b"")
 TEXTS = ("DS", "IS", "LO", "SH", "ST", "CS")  # value representations of characters
 COUNTS = {"NumberOfFrames": 1, "SamplesPerPixel": 1}
 COUNTS |= {"PixelRepresentation": 0, "PlanarConfiguration": 0}
+OVERLAY_BITS, MOSAIC_CREATOR, MOSAIC_SLICES = 0x60000100, 0x00190010, 0x0019100A
+# An item that begins with a JPEG's first marker, or with the table of an RLE frame
+FRAME_STARTS = rb"\xfe\xff\0\xe0.{4}(?:\xff[\xd8\x4f]\xff|[\1-\x0f]\0{3}\x40\0{3})"
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 MOST_READS = 500_000  # of a header: two or three each element
+COMPUTED = re.compile(r"\b(ADC|FA|P|PHASE|MIP|MINIP|LOCALIZER|PROJECTION|\w+ (MAP|CAPTURE))\b")
 HEADS = ("HEAD", "BRAIN", "SKULL", "PITUITARY", "ORBIT", "FACE", "IAC")
 
 
@@ -719,24 +741,33 @@ def check_picture(header, name, reading):
     if not any(key in dataset for key in PIXELS):
         none = "a DICOM file without a picture; send the images of the study."
         raise UnreadableScan(f"{name} is {none}")
-    if "MOSAIC" in header.text("ImageType").upper():
+    kinds, counted = header.text("ImageType").upper(), dataset.get_item(MOSAIC_SLICES)
+    if "MOSAIC" in kinds or counted and header.text(MOSAIC_CREATOR).startswith("SIEMENS"):
         raise UnreadableScan(f"{name} is a Siemens mosaic; export one picture per slice.")
     header.complete()
     size, frames = (int(dataset.Columns), int(dataset.Rows)), dataset.NumberOfFrames
-    bytes_each = 3 * max(1, dataset.BitsAllocated // 8) * dataset.SamplesPerPixel  # copied twice
+    samples, bits = dataset.SamplesPerPixel, dataset.BitsAllocated
+    bytes_each = 3 * max(1, bits // 8) * samples  # copied twice
     reading.take("scans", frames, name, "frames")
     reading.take_pictures(size, name, bytes_each, frames)
+    data = next(dataset[key].value for key in PIXELS if key in dataset)
+    held = 8 * len(data) // (bits * samples * math.prod(size))
+    if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        held = len(re.findall(FRAME_STARTS, data, re.DOTALL))
+    if held > frames:
+        raise UnreadableScan(MORE_HELD.format(name))
     if "JPEG" in dataset.file_meta.TransferSyntaxUID.name:
-        check_jpeg(dataset.PixelData, math.prod(size), frames, reading)
+        check_jpeg(data, math.prod(size), frames, samples, reading)
 
 
-def check_jpeg(data, area, frames, reading):
-    """Raise ValueError for JPEG frames larger than the header says, or of too many passes."""
-    jpeg = rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0.[\2-\x10](..)(..)[\1-\4]"
-    for start in (jpeg, rb"\xff\x4f\xff\x51.{4}(.{4})(.{4})"):
+def check_jpeg(data, area, frames, samples, reading):
+    """Raise ValueError for JPEG frames that the header belies, or of too many passes."""
+    jpeg = rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0.[\2-\x10](..)(..)([\1-\4])"
+    for start in (jpeg, rb"\xff\x4f\xff\x51.{4}(.{4})(.{4}).{24}(..)"):
         for found in re.finditer(start, data, re.DOTALL):
-            if math.prod(int.from_bytes(side, "big") for side in found.groups()) > area:
-                raise ValueError("frames larger than the header says")
+            *size, colours = (int.from_bytes(number, "big") for number in found.groups())
+            if math.prod(size) > area or colours != samples:
+                raise ValueError("frames larger than the header says, or of other colours")
     if data.count(b"\xff\xda") > JPEG_PASSES * reading.limits.pixels // area * frames:
         raise ValueError("too many passes")
 
@@ -855,11 +886,14 @@ class Header:
             meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
         if not meta.TransferSyntaxUID.is_transfer_syntax:
             raise ValueError("no transfer syntax")
+        kind = self.text("PhotometricInterpretation").upper()
+        dataset.setdefault("SamplesPerPixel", 3 if kind.startswith(("RGB", "YBR")) else 1)
         for key, least in COUNTS.items():
             setattr(dataset, key, max(least, int(self.number(key, least))))
-        if not self.text("PhotometricInterpretation"):
-            kind = "MONOCHROME2" if dataset.SamplesPerPixel == 1 else "RGB"
-            dataset.PhotometricInterpretation = kind
+        if kind and not kind.startswith(("RGB", "YBR", "MONOCHROME", "PALETTE COLOR")):
+            kind = self.ignore("PhotometricInterpretation")
+        default = ("MONOCHROME2", "RGB")[dataset.SamplesPerPixel > 1]
+        dataset.PhotometricInterpretation = kind or default
         dataset.BitsAllocated = allocated = int(dataset.BitsAllocated)
         stored = int(self.number("BitsStored", allocated))
         self.stored = stored if 0 < stored <= allocated else allocated
@@ -867,7 +901,8 @@ class Header:
         if not 0 <= self.shift <= allocated - self.stored:
             self.ignore("HighBit")
             self.shift = 0
-        dataset.BitsStored = allocated if self.shift else self.stored  # pydicom takes the lowest
+        if self.shift or not meta.TransferSyntaxUID.is_encapsulated:
+            dataset.BitsStored = allocated  # of which pydicom would take the lowest
         self.always_odd = self.odd
 
 
@@ -878,87 +913,104 @@ def dicom_scan(frame, header, name, n, **more):
     normal = np.cross(axes[:3], axes[3:]) if axes else np.zeros(3)
     plane = PLANES[int(np.abs(normal).argmax())] if normal.any() else None
     place = float(normal @ corner) if plane and corner else header.number("SliceLocation")
-    place = header.number("InstanceNumber") if place is None else place
+    if place is None:  # without an orientation the corners of a stack still tell its order
+        place = sum(corner) if corner else header.number("InStackPositionNumber")
     person = [header.text(key) for key in PERSON]
     unnamed = header.text("SeriesNumber"), plane, frame.shape  # tells series without UID apart
     parts = [person], [person, header.text("SeriesInstanceUID") or unnamed]
     study, series = (hashlib.sha256(repr(part).encode()).hexdigest() for part in parts)
+    numbers = header.number("InstanceNumber", 0), header.number("InConcatenationNumber", 0)
     keys = {"study_key": study, "series_key": series} if any(person) else {}
-    instance, order = header.text("SOPInstanceUID"), header.text("InstanceNumber")
-    if instance and (order or place is not None):
-        more["instance"] = place, instance, n, order
-    more |= {"size": frame.shape[1::-1], "plane": plane, "study": study, "series": series} | keys
-    more["position"] = float(n) if place is None else place
-    spacing = header.numbers("PixelSpacing", 2) or (1, 1)
+    if (instance := header.text("SOPInstanceUID")) and (numbers[0] or place is not None):
+        more["instance"] = place, instance, n, numbers
+    more |= {"size": frame.shape[1::-1], "plane": plane, "study": study} | keys
+    more |= {"series": f"{series} {plane}", "position": place, "order": numbers}
+    spacing = header.numbers("PixelSpacing", 2) or header.numbers("PixelAspectRatio", 2) or (1, 1)
     scan = scan_of(dicom_grey(frame, header), name, n, spacing, **more)
+    if plane and np.multiply(axes, UPRIGHT[PLANES.index(plane)]).reshape(2, 3).sum(1).min() < 0.5:
+        header.odd.add("The picture is stored turned or mirrored, and is shown as it is stored.")
     return replace(scan, remarks=(*dicom_remarks(header), *sorted(header.odd)))
 
 
 def dicom_grey(frame, header):
     """A frame as Grey: its bits, palette, padding, rescaling, window and polarity applied."""
-    from pydicom.pixels import apply_color_lut, apply_modality_lut
+    from pydicom.pixels import apply_color_lut
 
     dataset, kind = header.dataset, header.text("PhotometricInterpretation")
     frame = thinned(frame)
     packed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
-    if header.shift and not (packed and frame.max() < 2**header.stored):  # shifted by its codec
-        unused = dataset.BitsAllocated - header.stored
-        frame = frame << unused - header.shift >> unused
+    unused = (dataset.BitsAllocated - header.stored) * (frame.dtype.kind in "iu")
+    others = np.unique(frame >> header.stored).astype(int) if unused and not header.shift else ()
+    if 2 < len(others) > np.ptp(others) / 2 and OVERLAY_BITS not in dataset:  # those of its values
+        header.ignore("BitsStored")
+    elif unused and not (packed and (not header.shift or frame.max() < 2**header.stored)):
+        frame = frame << unused - header.shift >> unused  # else shifted by its codec
     if kind == "PALETTE COLOR":
         frame = apply_color_lut(frame, dataset)
     if frame.ndim == 3:
         return grey_values(frame)
     values = frame * np.float32(header.number("RescaleSlope") or 1)
     values = values + np.float32(header.number("RescaleIntercept", 0))
-    if header.items("ModalityLUTSequence"):
-        try:
-            values = apply_modality_lut(frame, dataset)
-        except Exception:  # as above
-            header.ignore("ModalityLUTSequence")
-    if (first := header.number("PixelPaddingValue")) is not None:
-        ends = np.array([first, header.number("PixelPaddingRangeLimit", first)])
+    values = through_table(values, header, "ModalityLUTSequence", frame)
+    kind_of = {"f4": "Float", "f8": "DoubleFloat"}.get(frame.dtype.str[1:], "")
+    if (first := header.number(f"{kind_of}PixelPaddingValue")) is not None:
+        ends = np.array([first, header.number(f"{kind_of}PixelPaddingRangeLimit", first)])
         if frame.dtype.kind in "iu":  # either may be written signed or not
             ends = ends.astype(np.int64).astype(frame.dtype)
         values = np.where((frame >= ends.min()) & (frame <= ends.max()), np.nan, values)
-    grey = None
-    with contextlib.suppress(Exception):  # a window that makes no sense is as good as none
-        grey = windowed(values, header)
-    grey = grey or stretched(values)
+    grey = windowed(values, header) or stretched(values)
     if kind == "MONOCHROME1":
         grey = grey._replace(pixels=np.where(np.isfinite(values), 255 - grey.pixels, 0))
     return grey
 
 
+def through_table(values, header, key, found):
+    """Values, or what a lookup table of the file has for those `found`, whatever bits it claims."""
+    tables = [table for source in header.sources for table in header.items(key, source)]
+    if not tables:
+        return values
+    try:
+        count, first, _ = (int(n) for n in np.ravel(tables[0].LUTDescriptor))
+        entries, order = tables[0].LUTData, "><"[header.dataset.original_encoding[1]]
+        if isinstance(entries, bytes):
+            words = len(entries) >= 2 * (count or 2**16)
+            entries = np.frombuffer(entries, f"{order}u2" if words else "u1")
+        first -= 2**16 * (first >= 2**15 and found.min() < 0)  # written unsigned
+        places = (np.nan_to_num(found).astype(np.int64) - first).clip(0, len(entries) - 1)
+        return np.where(np.isfinite(values), np.asarray(entries, np.float32)[places], np.nan)
+    except Exception:  # as above
+        return header.ignore(key) or values
+
+
 def windowed(values, header):
     """Values through the VOI LUT or window of the file as Grey; None where it would hide them."""
-    from pydicom.pixels import apply_voi_lut
-
     centre, width = header.number("WindowCenter"), header.number("WindowWidth", 0)
-    window, black, white = None, 0, 1
-    if tables := header.items("VOILUTSequence"):
-        white = 2 ** tables[0].LUTDescriptor[2] - 1
-        shown = apply_voi_lut(np.nan_to_num(values).astype(np.int64), header.dataset)
-        values = np.where(np.isfinite(values), shown, np.nan)
-    elif centre is None or width <= 0:
+    if (shown := through_table(values, header, "VOILUTSequence", values)) is not values:
+        return stretched(shown)._replace(window=None)
+    if centre is None or width <= 0:
         return None
-    elif header.text("VOILUTFunction").upper() == "SIGMOID":
-        window = centre - width / 2, centre + width / 2
-        values = 1 / (1 + np.exp(-4 * (values - centre) / width))
+    window = centre - width / 2, centre + width / 2
+    function = header.text("VOILUTFunction").upper()
+    if function == "SIGMOID":
+        pixels = to_uint8(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1)
     else:
-        window = black, white = centre - width / 2, centre + width / 2
-        exact = width <= 1 or header.text("VOILUTFunction").upper() == "LINEAR_EXACT"
-        white -= not exact
-    pixels = to_uint8(values, black, white)
+        exact = width <= 1 or function == "LINEAR_EXACT"
+        pixels = to_uint8(values, window[0], window[1] - (not exact))
     return None if contrast(pixels) < 16 else Grey(pixels, window)
 
 
 def dicom_remarks(header):
     """Yield what the header says against reading the file as a brain MRI."""
+    from pydicom.uid import UID
+
     modality, part = (header.text(key).upper() for key in ("Modality", "BodyPartExamined"))
     if modality and modality != "MR":
         yield f"The file says that it is no MRI (modality {plain_name(modality)[:16]})."
     if part and not any(head in part for head in HEADS):
         yield f"The file says that it shows no head (body part {plain_name(part)[:16]})."
+    kinds = f"{header.text('ImageType')} {UID(header.text('SOPClassUID')).name}".upper()
+    if kind := COMPUTED.search(kinds):
+        yield f"The file says that it is no plain slice ({kind[0]}); the answer may be unreliable."
     if header.text("BurnedInAnnotation").upper() == "YES":
         yield "The file says that text is burned in; check that it identifies nobody."
 
@@ -971,7 +1023,7 @@ def read_nifti(data, name, reading):
 
     Rows run from the top or front down; the patient's right is on the left, the face on the left.
     """
-    volume, spacing, scale, remarks = open_nifti(data)
+    volume, spacing, scale, remarks = open_nifti(data, name)
     cuts = [np.moveaxis(volume, n, 0)[:, ::-1, ::-1].swapaxes(1, 2) for n in range(3)]
     if reading.plane == "all":
         axes = [n for n in range(3) if min(cuts[n].shape[1:3]) >= SMALLEST_SIDE] or range(3)
@@ -986,35 +1038,38 @@ def read_nifti(data, name, reading):
     for axis in axes:
         across, down = (mm for n, mm in enumerate(spacing) if n != axis)
         more = {"study": study, "series": study + PLANES[axis], "plane": PLANES[axis]}
-        for n, values in enumerate(cuts[axis]):
+        for n, voxels in enumerate(cuts[axis]):
             reading.check_time(name)
-            grey = grey_values(scaled(values, scale))
-            more |= {"size": values.shape[::-1], "position": n * spacing[axis]}
+            if voxels.dtype.names:  # RGB, with or without alpha
+                values = np.stack([voxels[colour] for colour in voxels.dtype.names], axis=-1)
+            else:
+                values = voxels if scale[0] is None else voxels * scale[0] + scale[1]
+            grey = grey_values(values)
+            more |= {"size": values.shape[1::-1], "position": n * spacing[axis]}
             scans.append(scan_of(grey, name, n, (down, across), remarks=tuple(remarks), **more))
     return scans
 
 
-def scaled(values, scale):
-    """Voxels (H, W) as values: their RGB as (H, W, C), others with slope and intercept."""
-    if values.dtype.names:  # RGB, with or without alpha
-        return np.stack([values[channel] for channel in values.dtype.names], axis=-1)
-    return values if scale[0] is None else values * np.float32(scale[0]) + np.float32(scale[1])
-
-
-def open_nifti(data):
+def open_nifti(data, name):
     """(first volume, its axes to right, front and top, spacing, (slope, intercept), remarks)."""
     import nibabel
 
     kind = nibabel.Nifti1Header if data[344:347] == b"n+1" else nibabel.Nifti2Header
     header, remarks = kind.from_fileobj(io.BytesIO(data)), []
-    shape, start = header.get_data_shape(), header.get_data_offset()
+    shape, start = header.get_data_shape(), max(header.get_data_offset(), header.single_vox_offset)
     volume = np.frombuffer(data, header.get_data_dtype(), math.prod(shape), start)
+    if len(data) - start - volume.nbytes >= volume.itemsize * math.prod(shape[:2]):
+        raise UnreadableScan(MORE_HELD.format(name))
     volume = volume.reshape((*shape, 1)[: max(3, len(shape))], order="F")
     if math.prod(shape[3:]) > 1:
         remarks.append(f"The file holds {math.prod(shape[3:])} volumes; the first was read.")
     volume = volume[(..., *[0] * len(shape[3:]))]
+    levels = np.unique(volume.ravel("K")[:: 1 + volume.size // 100_000])
+    few = 1 < len(levels) <= 16 and volume.dtype.kind in "iuf" and np.isin(levels, range(256)).all()
+    if few or int(header["intent_code"]) in (*range(2, 25), *range(1002, 1010)):  # or statistics
+        raise UnreadableScan(f"{name} holds labels or a map; send the scan that they belong to.")
     try:
-        scale = header.get_slope_inter()
+        scale = [part and np.float32(part) for part in header.get_slope_inter()]
     except Exception:  # nibabel's, for an infinite one, say
         scale = None, None
         remarks.append("The scaling in the file makes no sense and was ignored.")
@@ -1029,8 +1084,9 @@ def axes_of(header, remarks):
     """Where the axes of a volume point, (3, 2), as nibabel has it."""
     import nibabel
 
-    best, default = header.get_best_affine, np.eye(4).copy
-    for affine in (best, header.get_qform, header.get_base_affine, default):
+    sure = [header.get_sform] * bool(header["sform_code"] > 0)
+    sure += [header.get_qform] * bool(header["qform_code"] > 0)
+    for affine in (*sure, header.get_base_affine, np.eye(4).copy):
         with contextlib.suppress(Exception):  # one that is singular, or a quaternion that is none
             axes = nibabel.io_orientation(affine())
             unknown = np.isnan(axes[:, 0])
@@ -1038,7 +1094,7 @@ def axes_of(header, remarks):
                 axes[unknown] = 3 - np.nansum(axes[:, 0]), 1
             if np.isfinite(axes).all():
                 break
-    if affine != best:
+    if affine not in sure:
         remarks.append("The file does not say how the head lies; the slices may be turned.")
     return axes
 
@@ -1075,7 +1131,8 @@ def sort_series(scans):
     loose = series.pop(None, [])
     for number, found in enumerate(series.values(), 1):
         study = studies.setdefault(found[0].study, str(len(studies) + 1))
-        found.sort(key=lambda scan: (scan.position, natural(scan.file), scan.slice))
+        placed = all(scan.position is not None for scan in found)
+        found.sort(key=lambda s: (placed and s.position, s.order, natural(s.file), s.slice))
         slices = without_copies(found, study, str(number), skipped)
         empty = empty_slices(slices)
         kept += [scan for scan in slices if scan.slice not in empty]
@@ -1093,8 +1150,11 @@ def without_copies(found, study, series, skipped):
     """The slices of a series, each of them once, with their places and its number."""
     first, slices = {}, []
     for scan in found:
-        keys = {(scan.position, hash(scan.pixels.tobytes())), scan.instance} - {None}
-        twin = next((first[key] for key in keys if key in first), None)
+        place = (scan.order, scan.slice) if scan.position is None else scan.position
+        keys = {(place, hash(scan.pixels.tobytes())), scan.instance} - {None}
+        twins = [first[key] for key in keys if key in first and first[key].size == scan.size]
+        far = (np.abs(twin.pixels.astype(np.int16) - scan.pixels).mean() for twin in twins)
+        twin = next((twin for twin, mean in zip(twins, far) if mean < 4), None)
         if twin:
             reason = f"It is the same slice as {twin.file} and counts once."
             skipped.append(Skipped(scan.file, reason, series))

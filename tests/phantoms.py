@@ -241,6 +241,14 @@ def items(**tags):
     return sequence
 
 
+def table(entries, bits, first=0):
+    """A lookup table as a sequence, which claims so many bits."""
+    item = pydicom.Dataset()
+    item.add_new("LUTDescriptor", "SS" if first < 0 else "US", [len(entries), first, bits])
+    item.add_new("LUTData", "OW", entries.tobytes())
+    return [item]
+
+
 def deep(seed=0, side=96, **options):
     """A phantom with 12 bits, uint16."""
     return phantom(seed, side=side, **options).astype(np.uint16) * 16

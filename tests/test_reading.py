@@ -113,6 +113,25 @@ LUT = {
     for colour in ("Red", "Green", "Blue")
     for part, value in (("Descriptor", [256, 0, 16]), ("Data", (PALETTE[0, ::-1] // 17).tobytes()))
 }
+AXIAL, table = phantoms.AXIAL, phantoms.table
+INVERSE = np.arange(4095, -1, -1, np.uint16)
+
+
+def lacking(key, pixels, **tags):
+    """A DICOM file that lacks an element."""
+    dataset = dataset_of(pixels, **tags)
+    del dataset[key]
+    return phantoms.written(dataset)
+
+
+def overlaid():
+    """A DICOM file with overlays in the bits above its values."""
+    dataset = dataset_of(DEEP | HEAD[::-1].astype(np.uint16) << 7 & 0x7000, BitsStored=12, HighBit=11)
+    dataset.add_new(0x60000100, "US", 16)
+    return phantoms.written(dataset)
+
+
+UPSIDE = nifti(HEAD[::-1, ::-1].T[..., None], qform_code=1)
 YBR = np.asarray(Image.fromarray(RGB).convert("YCbCr"))
 ODD = {
     **{" ".join(("TIFF", *map(str, how))): tiff_of(*how) for how in TIFFS},
@@ -148,6 +167,30 @@ ODD = {
            HighBit=stored - 1)
        for planar in (0, 1) for stored, factor in ((8, 1), (12, 16), (16, 16))},
     "DICOM YBR": dicom(YBR, PhotometricInterpretation="YBR_FULL"),
+    **{f"DICOM {kind} table of {bits} bits": dicom(
+           4095 - DEEP, **{f"{kind}LUTSequence": table(INVERSE, bits)})
+       for kind in ("Modality", "VOI") for bits in (8, 10, 12, 16)},
+    "DICOM table of bytes": dicom(255 - HEAD, VOILUTSequence=table(INVERSE[-256:].astype("u1"), 8)),
+    "DICOM table of small entries": dicom(4095 - DEEP, VOILUTSequence=table(INVERSE // 16, 16)),
+    "DICOM table below zero": dicom(
+        4095 - DEEP, VOILUTSequence=table(INVERSE, 12, -1000), RescaleSlope=1, RescaleIntercept=-1000),
+    "DICOM table written unsigned": dicom(
+        4095 - DEEP, VOILUTSequence=table(INVERSE, 12, 64536), RescaleSlope=1, RescaleIntercept=-1000),
+    "DICOM table of a frame": dicom(4095 - DEEP, SharedFunctionalGroupsSequence=items(
+        FrameVOILUTSequence=[{"VOILUTSequence": table(INVERSE, 12)}])),
+    "DICOM more bits than said": dicom(DEEP, BitsStored=8, HighBit=7),
+    "DICOM more bits than said, signed": dicom(SIGNED, BitsStored=10, HighBit=9),
+    "DICOM overlays above": overlaid(),
+    "DICOM polarity in small letters": dicom(4095 - DEEP).replace(b"MONOCHROME2", b"Monochrome1"),
+    "DICOM polarity unknown": dicom(DEEP).replace(b"MONOCHROME2", b"MONOTONE   "),
+    "DICOM RGB of samples unsaid": lacking("SamplesPerPixel", RGB),
+    "TIFF of photometric unsaid": tiff(DEEP).replace(b"\x06\1\3\0\1", b"\xe8\xfd\3\0\1"),
+    "TIFF RGB of photometric unsaid": tiff(RGB, photometric="rgb").replace(
+        b"\x06\1\3\0\1", b"\xe8\xfd\3\0\1"),
+    "TIFF of channels": tiff(np.dstack([DEEP, DEEP[::-1], DEEP.T]), planarconfig="contig"),
+    "TIFF of planes": tiff(np.stack([DEEP, DEEP[::-1], *[DEEP.T] * 4]), planarconfig="separate"),
+    "TIFF with a channel that is no alpha": tiff(np.dstack([HEAD, HEAD.T]), planarconfig="contig"),
+    "NIfTI without an offset": UPSIDE[:108] + bytes(4) + UPSIDE[112:352] + UPSIDE[356:],
     "DICOM palette of 12 bits": dicom(HEAD, PhotometricInterpretation="PALETTE COLOR", **LUT),
 }
 
@@ -178,8 +221,11 @@ PADDED = {
         (half(-2000, np.int16), PADDING | {"WindowCenter": 500, "WindowWidth": 1000}),
     )
 } | {
+    f"undeclared {value}": dicom(half(value, kind))
+    for value, kind in ((-32768, np.int16), (-9999, np.int16), (65535, np.uint16))
+} | {
     f"{write.__name__} of {value}": write(half(value, np.float32))
-    for value in (np.nan, np.inf, -np.inf)
+    for value in (np.nan, np.inf, -np.inf, -3.4e38)
     for write in (tiff, lambda values: nifti(values[::-1, ::-1].T[..., None], qform_code=1))
 }
 
@@ -188,7 +234,7 @@ PADDED = {
 def test_padding_and_what_is_no_number_are_black_and_take_no_part(name):
     pixels = read_one(PADDED[name]).pixels
     shown = 255 - pixels if "MONOCHROME1" in name else pixels
-    assert not pixels[:64].any() and alike(shown[64:], HEAD[64:])
+    assert not pixels[:64].any() and alike(shown[64:], HEAD[64:]) and np.ptp(shown[64:]) > 200
 
 
 # What is said of a scan
@@ -204,6 +250,8 @@ def lettered(side, points):
 
 BESIDE = "There is text or a scale beside the head; check that it identifies nobody."
 BURNED = "The file says that text is burned in; check that it identifies nobody."
+COMPUTED = "The file says that it is no plain slice ({}); the answer may be unreliable."
+AS_STORED = "The picture is stored turned or mirrored, and is shown as it is stored."
 COLOURED = np.dstack([phantom()] * 2 + [phantom() // 3])
 TAGGED = deep(side=160)
 LETTERS = ((256, 9), (256, 16), (512, 12), (512, 24), (1024, 24))
@@ -222,6 +270,19 @@ LETTERS = ((256, 9), (256, 16), (512, 12), (512, 24), (1024, 24))
      "The file says that it shows no head (body part KNEE)."),
     (dicom(TAGGED, BurnedInAnnotation="YES"), BURNED),
     (dicom(TAGGED, BodyPartExamined="BRAIN"), None),
+    (dicom(TAGGED, ImageType=["ORIGINAL", "PRIMARY", "M", "FFE"]), None),
+    (dicom(TAGGED, ImageOrientationPatient=[1, 0, 0, 0, 0, -1]), None),
+    *((dicom(TAGGED, ImageOrientationPatient=axes), AS_STORED)
+      for axes in ([-1, 0, 0, 0, 1, 0], [0, -1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 1])),
+    *((dicom(TAGGED, ImageType=["DERIVED", "PRIMARY", *kinds]), COMPUTED.format(found))
+      for kinds, found in ((["DIFFUSION", "ADC"], "ADC"), (["P"], "P"), (["T2 MAP"], "T2 MAP"),
+                           (["PROJECTION IMAGE"], "PROJECTION"), (["LOCALIZER"], "LOCALIZER"))),
+    (dicom(TAGGED, SOPClassUID=uid.SecondaryCaptureImageStorage),
+     COMPUTED.format("SECONDARY CAPTURE")),
+    *((encode(phantom(), kind, save_all=True, append_images=[Image.fromarray(phantom(1))]),
+       "The file holds several pictures; the first was read.") for kind in ("PNG", "WEBP")),
+    (tiff(np.dstack([phantom(), phantom(1)]), planarconfig="contig"),
+     "The page holds several channels; the first was read."),
 ])
 def test_what_is_doubtful_is_said_and_nothing_else(data, warning):
     assert read_one(data).warnings == ((warning,) if warning else ())
@@ -436,11 +497,14 @@ def test_a_volume_of_any_shape_is_cut_across_its_shortest_axis(values, spacing, 
 
 
 @pytest.mark.parametrize("fields, remark", [
-    ({"scl_slope": np.nan}, None),
-    ({"scl_slope": 2, "scl_inter": 7}, None),
-    ({"scl_inter": np.inf}, "The scaling in the file makes no sense and was ignored."),
+    ({"qform_code": 1, "scl_slope": np.nan}, None),
+    ({"qform_code": 1, "scl_slope": 2, "scl_inter": 7}, None),
+    ({"qform_code": 1, "scl_inter": np.inf},
+     "The scaling in the file makes no sense and was ignored."),
+    ({}, TURNED),
     ({"sform_code": 1}, TURNED),
     ({"sform_code": 1, "srow_x": np.nan}, TURNED),
+    ({"qform_code": 1, "sform_code": 1, "srow_x": np.nan}, None),
     ({"qform_code": 1, "quatern_b": 5}, TURNED),
     ({"qform_code": 1, "pixdim": [1] * 8},
      "The file does not say in which plane it was acquired; axial was taken."),
@@ -555,6 +619,52 @@ def test_slices_that_share_a_number_but_not_a_place_are_not_the_same():
     """A careless anonymiser gives all instances one UID."""
     scans, skipped = read_upload(phantoms.slices(HEADS, SOPInstanceUID="1.2.3"))
     assert len(scans) == 6 and not skipped
+
+
+PLACED = {"ImageOrientationPatient": AXIAL, "ImagePositionPatient": [0, 0, 0]}
+NUMBERED = [{"InstanceNumber": n} for n in range(6)]
+PARTS = [{"NumberOfFrames": 3, "InConcatenationNumber": n, "InstanceNumber": 1} for n in (1, 2)]
+ORDERS = {
+    "number, one place for all": [PLACED | tags for tags in NUMBERED],
+    "number, one location for all": [{"SliceLocation": 5} | tags for tags in NUMBERED],
+    "number, some without a place": [PLACED | tags for tags in NUMBERED[:3]] + [
+        {"ImageOrientationPatient": AXIAL} | tags for tags in NUMBERED[3:]],
+    "number, one UID for all": [PLACED | tags | {"SOPInstanceUID": "1.2"} for tags in NUMBERED],
+    "place without an orientation": [{"ImagePositionPatient": [0, 0, 5 * n]} for n in range(6)],
+    "orientation of zeros": [
+        {"ImagePositionPatient": [n, n, n], "ImageOrientationPatient": [0] * 6} for n in range(6)],
+    "number in the concatenation": PARTS,
+    "same UID in the concatenation": [tags | {"SOPInstanceUID": "1.2"} for tags in PARTS],
+    "number of the file": [{"NumberOfFrames": 3, "InstanceNumber": n} for n in range(2)],
+    "name of the file": [{"NumberOfFrames": 3}] * 2,
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_slices_lie_in_the_order_that_the_files_tell(name):
+    each = 6 // len(ORDERS[name])
+    stacks = np.stack(HEADS).reshape(-1, each, 96, 96) if each > 1 else HEADS
+    files = [dicom(stack, **tags) for stack, tags in zip(stacks, ORDERS[name])]
+    order = range(len(files)) if name == "name of the file" else [5, 1, 3, 0, 2, 4][-len(files):]
+    scans, skipped = read_upload([(f"IM{n}", data) for n, data in zip(order, files)])
+    assert not skipped and [scan.series for scan in scans] == ["1"] * 6
+    assert all(alike(scan.pixels, head) for scan, head in zip(scans, HEADS))
+
+
+def test_the_places_of_frames_in_a_stack_are_their_order():
+    places = items(FrameContentSequence=[{"InStackPositionNumber": 6 - n} for n in range(6)])
+    data = dicom(np.stack(HEADS), NumberOfFrames=6, PerFrameFunctionalGroupsSequence=places)
+    scans, _ = read_upload([("enhanced", data)])
+    assert all(alike(scan.pixels, head) for scan, head in zip(scans, HEADS[::-1], strict=True))
+
+
+def test_the_planes_of_a_localizer_are_series_of_their_own():
+    planes = (AXIAL, [0, 1, 0, 0, 0, -1], [1, 0, 0, 0, 0, -1])
+    files = [(f"IM{n}", dicom(head, ImageOrientationPatient=planes[n % 3],
+                              ImagePositionPatient=[n, n, n])) for n, head in enumerate(HEADS)]
+    scans, _ = read_upload(files)
+    assert [(scan.series, scan.plane) for scan in scans[::2]] == [
+        ("1", "axial"), ("2", "sagittal"), ("3", "coronal")]
 
 
 @pytest.mark.parametrize("one, other, studies", [

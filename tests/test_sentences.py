@@ -8,6 +8,7 @@ import time
 import zlib
 
 import numpy as np
+import phantoms
 import pytest
 from phantoms import NOT_READ, deep, dicom, encode, make_app, nifti, phantom, post, tiff, zipped
 from pydicom import uid
@@ -17,7 +18,7 @@ from pydicom.encaps import encapsulate
 from app import Limits, UnreadableScan, read_upload
 
 HEAD, DEEP = phantom(3, lesion=True, side=128), deep()
-SCAN = encode(HEAD, "JPEG")
+SCAN, FRAMES = encode(HEAD, "JPEG"), np.stack([deep(n) for n in range(6)])
 SHIPPED = {name: pathlib.Path(get_testdata_file(f"{name}.dcm")).read_bytes()
            for name in ("JPGExtended", "rtplan")}
 DAMAGED = "scan is damaged or cut off; export it again."
@@ -52,6 +53,21 @@ def in_dicom(frame, side):
     """A JPEG as the frame of a DICOM file that says another size."""
     packed = encapsulate([frame + bytes(len(frame) % 2)])
     return dicom(HEAD, uid.JPEGBaseline8Bit, PixelData=packed, Rows=side, Columns=side)
+
+
+def packed_frames(syntax, said):
+    """A DICOM file of more compressed frames than it says."""
+    dataset = phantoms.dataset_of(FRAMES, NumberOfFrames=len(FRAMES))
+    dataset.compress(syntax)
+    dataset.NumberOfFrames = said
+    return phantoms.written(dataset)
+
+
+def private_mosaic():
+    """A Siemens mosaic that only a private element tells."""
+    dataset = phantoms.dataset_of(DEEP)
+    dataset.private_block(0x0019, "SIEMENS MR HEADER", create=True).add_new(0x0A, "US", 9)
+    return phantoms.written(dataset)
 
 
 def many_pages(count=20_000):
@@ -118,8 +134,24 @@ SENTENCES = [
      "scan is a DICOM file without a picture; send the images of the study."),
     (dicom(DEEP, ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"]), 415,
      "scan is a Siemens mosaic; export one picture per slice."),
-    (nifti(np.zeros((40, 40, 4)), magic=b"ni1"), 415,
-     "scan is half of a NIfTI pair; save the volume as one .nii file."),
+    (private_mosaic(), 415, "scan is a Siemens mosaic; export one picture per slice."),
+    *((data, 415, "scan is half of a volume; save both files as one .nii file.")
+      for data in (nifti(DEEP[..., None], magic=b"ni1"),
+                   nifti(DEEP[..., None], magic=bytes(4))[:348],
+                   nifti(DEEP[..., None], order=">", magic=bytes(4))[:348])),
+    *((nifti(*volume, **fields), 415,
+       "scan holds labels or a map; send the scan that they belong to.")
+      for volume, fields in ((((FRAMES[:4] // 1000),), {}), (((FRAMES[:4] > 99) * 4.0,), {}),
+                             ((FRAMES[:4],), {"intent_code": 1002}),
+                             ((FRAMES[:4] / 9,), {"intent_code": 1007}))),
+    *((data, 415, "scan holds more pixels than its header says; export it again.")
+      for data in (dicom(FRAMES), dicom(FRAMES, NumberOfFrames=3), dicom(DEEP, Rows=48),
+                   dicom(DEEP, BitsAllocated=8, BitsStored=8, HighBit=7),
+                   dicom(np.dstack([HEAD] * 3), SamplesPerPixel=1),
+                   packed_frames(uid.RLELossless, said=3), packed_frames(uid.RLELossless, said=1),
+                   packed_frames(uid.JPEGLSLossless, said=3),
+                   nifti(FRAMES, dim=[3, 96, 96, 3, 1, 1, 1, 1]),
+                   nifti(np.moveaxis(FRAMES, 0, -1), dim=[2, 96, 96, 1, 1, 1, 1, 1]))),
     (TAKEN_FOR_16_BITS, 415, "scan is a TIFF of packed 16-bit unsigned values, which is not read; "
      "save it uncompressed."),
     # What would cost too much
@@ -145,6 +177,7 @@ SENTENCES = [
     (many_passes, 413, PASSES),
     (lambda: in_dicom(many_passes(), 7000), 415, DAMAGED),
     (lambda: in_dicom(encode(HEAD, "JPEG"), 64), 415, DAMAGED),
+    (lambda: in_dicom(encode(np.dstack([HEAD] * 3), "JPEG"), 128), 415, DAMAGED),
     (many_pages, 413,
      "scan has 1002 pages or more, but only 1000 more scans are allowed; send fewer."),
     (lambda: many_elements(of_sequence=False), 413, ELEMENTS),
