@@ -10,6 +10,7 @@ import warnings
 
 import nbformat
 import numpy as np
+import phantoms
 import pytest
 from phantoms import ROOT, ball, encode, fill_with_four, fill_with_two, phantom, put, write_manifest
 from PIL import Image
@@ -321,10 +322,18 @@ ALL = ALWAYS | {"Other hospitals", "Other hospitals, brats_peds", "Known collect
 @pytest.mark.parametrize("fill, labels, titles", [
     (fill_with_two, ["no_tumor", "tumor"], ALWAYS), (fill_with_four, LABELS, ALL)], ids=["two", "four"])  # fmt: skip
 def test_the_notebook_writes_a_model_that_the_app_serves(tmp_path, fill, labels, titles):
-    """Staged weights, the archive and a whole card are there; an upload is answered, and /model shows the card."""
+    """Staged weights, the archive and a whole card are there; an upload is answered, and /model shows the card.
+
+    It also trains on the folder of corrections that the app keeps, as it is.
+    """
     fill(tmp_path)
+    tumor, server = labels[-1], phantoms.make_app(tmp_path / "kept", CORRECTIONS=f"{tmp_path}/corrections")
+    sent = phantoms.post(server, *[encode(phantom(200 + n, lesion=bool(n % 2))) for n in range(6)]).get_json()
+    for n in range(6):
+        correction = {"label": tumor if n % 2 else "no_tumor"}
+        server.test_client().post(f"/results/{sent['id']}/{n}/label", data=correction)
     small = dict(DRAWS_1="64", DRAWS_2="32", DRAWS="64", ANEW="32", BOOTSTRAP="20", BASE_WEIGHTS="scratch")
-    small |= dict(DATA=f"{tmp_path}/data", OUTPUT=f"{tmp_path}", OTHER_SCANS=f"{tmp_path}/others" * (titles is ALL))
+    small |= dict(DATA=os.pathsep.join((f"{tmp_path}/data", f"{tmp_path}/corrections")), OUTPUT=f"{tmp_path}", OTHER_SCANS=f"{tmp_path}/others" * (titles is ALL))
     command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "Brainmodel.ipynb",
                "--output-dir", str(tmp_path)]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=os.environ | small, capture_output=True, text=True, timeout=1800)
@@ -332,6 +341,9 @@ def test_the_notebook_writes_a_model_that_the_app_serves(tmp_path, fill, labels,
     staged = sorted(path.name.partition(".")[0] for path in (tmp_path / "model_weights").iterdir())
     assert staged == ["vgg19_model_01", "vgg19_model_02", "vgg_unfrozen"]
     card = json.loads(web.read_archive(tmp_path / "model.keras")["card.json"])
+    counts = card["data"]["counts"]
+    assert all(counts[f"corrections {label}"]["train"] > 0 for label in ("no_tumor", tumor))
+    assert sum(sum(counts[f"corrections {label}"].values()) for label in ("no_tumor", tumor)) == 6
     assert set(card["figures"]) >= titles and ("Other hospitals" in card["figures"]) == (titles is ALL)
     assert (bool(card["study"]), bool(card["gate"])) == (titles is ALL,) * 2
     app = web.create_app({"MODEL": str(tmp_path / "model.keras"), "UPLOADS": str(tmp_path / "uploads")})
