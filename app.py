@@ -1,10 +1,11 @@
 """Reads a brain MRI and says whether it shows a tumor, of which kind, and where it looked.
 
 `flask run` serves a form for people and `POST /upload` for programs. The file reads in the order
-in which data flows: settings, reading, classifier, store, jobs, pages, commands, and the app that
-joins them. Not a medical device.
+in which data flows: settings, reading, classifier, store, jobs, network, pages, commands, and the
+app that joins them. Not a medical device.
 """
 
+import base64
 import contextlib
 import csv
 import fcntl
@@ -26,6 +27,8 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
+import urllib.request
 import warnings
 import zipfile
 import zlib
@@ -33,7 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from itertools import chain, islice
 from logging.handlers import WatchedFileHandler
 from multiprocessing.pool import ThreadPool
@@ -73,6 +76,9 @@ DEFAULTS = {
     "PASSWORD": "",  # which everybody is asked for, if there is one
     "CORS_ORIGINS": "",  # separated by commas
     "CORRECTIONS": "",  # a folder for scans that readers label; the notebook trains on it
+    "STUDY_PAUSE": 5.0,  # seconds without a new object after which a study has come whole
+    "PEERS": "",  # titles that may send to `flask listen`, separated by commas; else any
+    "DICOMWEB": "",  # the URL of a PACS that results are sent to by STOW-RS
     "AUDIT": "-",  # a file for a line of each thing done, "-" for standard error, "" for none
     "AUDIT_ADDRESSES": 0,  # 1: with the addresses they were done from
 }
@@ -80,6 +86,7 @@ DEFAULTS = {
 
 RANGES = dict.fromkeys(("KEEP_NAMES", "AUDIT_ADDRESSES"), (0, 1))  # of numbers; else from 1 on
 RANGES |= {"TRUSTED_PROXIES": (0, 9), "THREADS": (1, 512), "RETENTION_HOURS": (0.0001, 1e9)}
+RANGES |= {"STUDY_PAUSE": (0.1, 3600)}
 
 
 def configure(app: Flask, overrides: dict) -> None:
@@ -249,13 +256,16 @@ def read_upload(
     limits: Limits = LIMITS,
     plane: str | None = None,
     identifiers: bool = False,
+    sent: int | None = None,
 ) -> tuple[list[Scan], list[Skipped]]:
     """The scans in files (name, bytes), series by series in order, and what was left out.
 
     A file that is no scan is left out; it raises UnreadableScan if there is no other. The
-    identifiers of a study are read only if they are asked for.
+    identifiers of a study are read only if they are asked for. `sent` is how many bytes there are,
+    if the files can be gone through only once.
     """
-    reading = Reading(sum(len(data) for _, data in files), limits, plane, identifiers)
+    sent = sum(len(data) for _, data in files) if sent is None else sent
+    reading = Reading(sent, limits, plane, identifiers)
     named = ((plain_name(name), data) for name, data in files)
     with quiet(), ThreadPoolExecutor(LOOKERS) as pool:
         scans = list(pool.map(look_at, read_files(named, reading)))
@@ -706,7 +716,9 @@ def read_dicom(data, name, reading):
 
     gdcm.Trace.WarningOff()  # as quiet()
     gdcm.Trace.ErrorOff()
-    header = Header(inflated(data, name, reading))
+    plain = inflated(data, reading.left["unpacked"] + 1)
+    reading.take("unpacked", 0 if plain is data else len(plain), name)
+    header = Header(plain)
     check_picture(header, name, reading)
     dataset, scans = header.dataset, []
     known, more = header.identifiers() if reading.identifiers else None, {}
@@ -725,13 +737,15 @@ def read_dicom(data, name, reading):
     return scans
 
 
-def inflated(data, name, reading):
-    """A DICOM file whose dataset is not deflated, since pydicom would unpack it whole."""
+def inflated(data, most):
+    """A DICOM file whose dataset is not deflated, since pydicom would unpack it whole.
+
+    Of a deflated one the first `most` bytes.
+    """
     if DEFLATED not in data[:1000]:
         return data
     start = 144 + int.from_bytes(data[140:144], "little")
-    inside = zlib.decompressobj(-15).decompress(data[start:], reading.left["unpacked"] + 1)
-    reading.take("unpacked", len(inside), name)
+    inside = zlib.decompressobj(-15).decompress(data[start:], most)
     return data[:start].replace(DEFLATED, DEFLATED[:-3] + b"\0\0\0") + inside
 
 
@@ -1816,6 +1830,11 @@ def sweep(uploads: pathlib.Path, hours: float) -> None:
             if ID.fullmatch(upload_id) and why:
                 shutil.rmtree(folder)
                 audit("deletion", id=upload_id, why=why)
+    node = uploads / ".network"  # what stays of objects that came in part; the IDs of results
+    for path in chain(node.glob("*/arriving/**/*"), node.glob("studies/*")):
+        with contextlib.suppress(OSError):
+            if is_old(path, hours):
+                path.unlink()
 
 
 def csv_columns(labels: list[str]) -> list[str]:
@@ -2030,19 +2049,25 @@ class Jobs:
     def work(self) -> None:
         """Answer queued uploads for ever."""
         while True:
-            folder, result, scans = self.waiting.get()
+            self.finish(*self.waiting.get())
+
+    def finish(
+        self, folder: pathlib.Path, result: dict, scans: list[Scan], then: Callable = lambda: None
+    ) -> None:
+        """Answer an upload in the background, and do what comes `then`; it may fail, not raise."""
+        try:
+            answer(self.classifier, folder, result, scans)
+            then()
+        except FileNotFoundError:  # deleted meanwhile
+            shutil.rmtree(folder, ignore_errors=True)
+        except Exception:
+            logging.exception("a study failed")
+            error = "Something went wrong on the server; send the study again."
             try:
-                answer(self.classifier, folder, result, scans)
-            except FileNotFoundError:  # deleted meanwhile
+                end_early(folder, result, "failed", error=error)
+            except OSError:  # not even its end can be written; the next upload has to run
                 shutil.rmtree(folder, ignore_errors=True)
-            except Exception:
-                logging.exception("a study failed")
-                error = "Something went wrong on the server; send the study again."
-                try:
-                    end_early(folder, result, "failed", error=error)
-                except OSError:  # not even its end can be written; the next upload has to run
-                    shutil.rmtree(folder, ignore_errors=True)
-            self.unfinished.discard(folder)
+        self.unfinished.discard(folder)
 
     def touch(self) -> None:
         """Show every server on this folder that its uploads are alive, the queued ones as well."""
@@ -2065,11 +2090,19 @@ def keep_house(jobs: Jobs, uploads: pathlib.Path, hours: float) -> None:
 
 # --------------------------------------------------------------------- the network node
 
+network = Blueprint("network", __name__, cli_group=None)
 NO_NETWORK = "This needs the libraries of the network node: pip install -r requirements.txt"
+MR = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")  # and Enhanced MR
+UIDS = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID"]
+HEAD = 2**22  # bytes of an object in which its UIDs are looked for
+LEAST_FREE = 2**28  # bytes of the disk that are left to results
+OUT_OF_RESOURCES, OTHER_STUDY, UNREADABLE, UNSUPPORTED = 0xA700, 0xA900, 0xC000, 0x0122
+STORED = (0, 0xB000, 0xB006, 0xB007)
+PEER = re.compile(r"([^@]{1,16})@(.+):(\d{1,5})")
+LONGEST_WAIT = 600  # seconds between two tries to send
 CLASSIFIER, NOT_DIAGNOSTIC = "Brain MRI classifier", "not for diagnosis"
 SCHEME = "99BRAINMRI"  # of codes that no standard has; the others are of SNOMED CT
 FIGURES = {"probability": "Tumor probability", "low": "No tumor below", "high": "Tumor from"}
-PRESENCE = {"tumor": "Present", NO_TUMOR: "Absent", "uncertain": "Undetermined"}
 TYPES = {
     "glioma": ("393564001", "SCT", "Glioma"),
     "meningioma": ("302820008", "SCT", "Intracranial meningioma"),
@@ -2077,10 +2110,179 @@ TYPES = {
 }
 
 
-def need_network() -> None:
-    """501 without the libraries that write and send DICOM objects."""
-    if not all(map(importlib.util.find_spec, ("highdicom", "pynetdicom", "dicomweb_client"))):
-        abort(501, NO_NETWORK)
+def has_network() -> bool:
+    """Whether the libraries are installed that receive, write and send DICOM objects."""
+    return all(map(importlib.util.find_spec, ("highdicom", "pynetdicom")))
+
+
+def hashed(text: str) -> str:
+    """A UID or an address as the name of a file."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Node:
+    """What comes over the network and what goes back, on disk until it is done with.
+
+    An object arrives in `arriving` and goes on to its study in `coming`: a folder that is named by
+    a hash until the study has come whole, and then by the ID of its result. For each of `peers`,
+    TITLE@HOST:PORT or a URL, there is a folder of results that are still to be sent.
+    """
+
+    def __init__(self, app: Flask, name: str, peers: Iterable[str] = (), title: str = ""):
+        """Begin to answer and to send, once the other processes of this name have ended."""
+        self.app, self.title, self.pause = app, title, app.config["STUDY_PAUSE"]
+        self.lock, self.sending = threading.Lock(), {}  # which studies an association sends
+        self.folder, self.studies = (app.uploads / ".network" / part for part in (name, "studies"))
+        self.arriving, self.coming = self.folder / "arriving", self.folder / "coming"
+        self.peers = {peer: self.folder / hashed(peer) for peer in peers if peer}
+        for folder in (self.studies, self.arriving, self.coming, *self.peers.values()):
+            folder.mkdir(parents=True, exist_ok=True)
+        threading.Thread(target=self.work, name="network", daemon=True).start()
+
+    def keep(self, path: pathlib.Path, study: str | None = None, association=None) -> tuple:
+        """Put an object that has arrived to its study; (DIMSE status, 0 if it was kept; UIDs)."""
+        from pydicom import Dataset, dcmread
+
+        head = Dataset()
+        try:
+            with open(path, "rb") as file:
+                start = CountedReads(inflated(file.read(HEAD), HEAD))
+            head = dcmread(start, stop_before_pixels=True, specific_tags=UIDS)
+            folder = self.coming / hashed(head.StudyInstanceUID)
+            kept = folder / hashed(head.SOPInstanceUID)
+            if head.SOPClassUID not in MR:
+                return UNSUPPORTED, head
+            if study not in (None, head.StudyInstanceUID):
+                return OTHER_STUDY, head
+            if shutil.disk_usage(self.folder).free < LEAST_FREE:
+                return OUT_OF_RESOURCES, head
+            with self.lock:
+                self.sending.setdefault(association, set()).add(folder)
+                folder.mkdir(exist_ok=True)
+                path.replace(kept)
+            return 0, head
+        except OSError:
+            return OUT_OF_RESOURCES, head
+        except Exception:  # as above
+            return UNREADABLE, head
+
+    def work(self) -> None:
+        """Answer the studies that have come whole, and those that a stopped server has left."""
+        with open(self.folder / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            for folder in self.coming.iterdir():
+                os.utime(folder)  # what was cut short by the stop may be sent again
+            for peer in self.peers:
+                threading.Thread(target=self.send, args=(peer,), daemon=True).start()
+            while True:
+                try:
+                    for study in filter(None, map(self.whole, list(self.coming.iterdir()))):
+                        self.answer(study)
+                except OSError:
+                    logging.exception("studies wait for the disk")
+                time.sleep(min(1, self.pause / 4))
+
+    def whole(self, folder: pathlib.Path) -> pathlib.Path | None:
+        """The folder of a study, named by its ID, if it has come whole and can be answered."""
+        with self.lock:
+            self.sending = {one: of for one, of in self.sending.items() if one and one.is_alive()}
+            waits = folder in set().union(*self.sending.values())
+            if not (waits or ID.fullmatch(folder.name)) and is_old(folder, self.pause / 3600):
+                upload_id = secrets.token_urlsafe(16)
+                (self.studies / folder.name).write_text(upload_id)
+                folder = folder.rename(folder.with_name(upload_id))
+        room = shutil.disk_usage(folder).free >= LEAST_FREE
+        return folder if room and ID.fullmatch(folder.name) else None
+
+    def answer(self, study: pathlib.Path) -> None:
+        """Answer a study as if it were an upload, and queue what goes back."""
+        app, folder = self.app, self.app.uploads / study.name
+        shutil.rmtree(folder, ignore_errors=True)  # of a server that was stopped meanwhile
+        files, scans, skipped, error = sorted(study.iterdir()), [], [], None
+        sent = sum(path.stat().st_size for path in files)
+        named = ((f"{n}.dcm", path.read_bytes()) for n, path in enumerate(files, 1))
+        try:
+            with app.jobs.reading:
+                scans, skipped = read_upload(named, app.limits, None, True, sent)
+        except UnreadableScan as refusal:
+            error = str(refusal)
+        result = new_result(app.classifier.summary, scans, skipped) | {"id": study.name}
+        folder.mkdir()
+        write_result(folder, result)
+        if error:
+            end_early(folder, result, "failed", error=error)
+        else:
+            app.jobs.unfinished.add(folder)
+            app.jobs.finish(folder, result, scans, lambda: self.queue(folder, result))
+        audit("study", id=study.name, status=result["status"], files=len(files), bytes=sent)
+        shutil.rmtree(study)
+
+    def queue(self, folder: pathlib.Path, result: dict) -> None:
+        """Queue the objects of a result for each peer; no identifier stays with the result."""
+        objects = dicom_objects(folder, result, self.app.classifier.card) if self.peers else {}
+        for queued in self.peers.values() if objects else ():
+            partial, whole = self.arriving / result["id"], queued / result["id"]
+            for old in (partial, whole):
+                shutil.rmtree(old, ignore_errors=True)
+            partial.mkdir()
+            for name, data in objects.items():
+                (partial / name).write_bytes(data)
+            partial.rename(whole)
+        for path in folder.glob("*/identifiers.json"):
+            path.unlink()
+
+    def send(self, peer: str) -> None:
+        """Send a peer what is queued for it, for ever, with growing waits while that fails."""
+        wait = 1
+        while True:
+            for folder in sorted(self.peers[peer].iterdir(), key=os.path.getmtime):
+                try:
+                    for path in sorted(folder.iterdir()):
+                        stow(peer, path) if "://" in peer else c_store(peer, path, self.title)
+                        path.unlink()
+                    folder.rmdir()
+                    wait = 1
+                except Exception as error:  # the libraries' own as well
+                    wait = min(2 * wait, LONGEST_WAIT)
+                    what = f"a result waits for {peer.rpartition('@')[2]}, {wait} seconds"
+                    logging.warning("%s: %s", what, error)
+                    with contextlib.suppress(OSError):
+                        os.utime(folder)  # the others have their turn first
+                    break
+            time.sleep(wait)
+
+
+def c_store(peer: str, path: pathlib.Path, title: str) -> None:
+    """Send an object to TITLE@HOST:PORT by C-STORE; raises what goes wrong."""
+    from pydicom import dcmread
+    from pynetdicom import AE
+
+    (called, host, port), dataset, entity = PEER.fullmatch(peer).groups(), dcmread(path), AE(title)
+    entity.add_requested_context(dataset.SOPClassUID)
+    association = entity.associate(host, int(port), ae_title=called)
+    if not association.is_established:
+        raise ConnectionError("it accepts no association for this")
+    status = association.send_c_store(dataset).get("Status")
+    association.release()
+    if status not in STORED:
+        raise ConnectionError(f"it answered with status {status}")
+
+
+def stow(url: str, path: pathlib.Path) -> None:
+    """Send an object by STOW-RS to a URL, in which name and password may be; raises the same."""
+    parts, boundary = urllib.parse.urlsplit(url), secrets.token_hex(16)
+    kind = f'multipart/related; type="application/dicom"; boundary={boundary}'
+    headers = {"Content-Type": kind, "Accept": "application/dicom+json"}
+    if parts.username:
+        known = urllib.parse.unquote(parts.netloc.rpartition("@")[0])
+        headers["Authorization"] = f"Basic {base64.b64encode(known.encode()).decode()}"
+    start = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
+    body = start + path.read_bytes() + f"\r\n--{boundary}--".encode()
+    address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
+    sent = urllib.request.Request(f"{address}/studies", body, headers)
+    with urllib.request.urlopen(sent, timeout=60) as response:
+        if response.status != 200:
+            raise ConnectionError(f"it answered with status {response.status}")
 
 
 def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, bytes]:
@@ -2089,19 +2291,19 @@ def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, b
     For each study a report (DICOM SR, TID 1500) and a series of heatmaps of the slices that carry
     its answer. The same scans and model give the same UIDs.
     """
-    from pydicom import uid
+    from pydicom.uid import generate_uid
 
     entries, studies, objects = result["scans"], {}, {}
     for path in folder.glob("*/identifiers.json") if result["status"] == "done" else ():
         n = int(path.parent.name)
         studies.setdefault(entries[n]["study"], {})[n] = read_kept(path, source_of)
     for study, sources in studies.items():
-        seed = sorted(f"{source.SOPInstanceUID} {source.frame}" for source in sources.values())
+        seed = sorted(f"{s.SOPInstanceUID} {s.known['frame']}" for s in sources.values())
         seed.insert(0, result["model"]["sha256"])
 
         def place(title, series, number, seed=seed):
             """Where an object belongs, as highdicom has it."""
-            uids = [uid.generate_uid(entropy_srcs=[*seed, title, str(n)]) for n in (0, number)]
+            uids = [generate_uid(entropy_srcs=[*seed, title, str(n)]) for n in (0, number)]
             known = dict(zip(("series_instance_uid", "sop_instance_uid"), uids))
             known |= {"series_number": series, "instance_number": number}
             known |= {"manufacturer": CLASSIFIER, "software_versions": seed[0]}
@@ -2110,16 +2312,15 @@ def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, b
 
         answers = []  # each with the scans that carry it
         for found, places in series_of(result):
+            each = [(found, found["highest"])] if found else [(entries[n], [n]) for n in places]
             if entries[places[0]]["study"] == study:
-                each = [(found, found["highest"])] if found else [(entries[n], [n]) for n in places]
-                answers += [(one, {n: sources[n] for n in of if n in sources}) for one, of in each]
-        report = report_of(answers, [*sources.values()], card, **place("Report", 9001, 1))
-        made = {f"report_{study}.dcm": report}
+                answers += [(one, [n for n in of if n in sources]) for one, of in each]
+        made = {f"report_{study}.dcm": report_of(answers, sources, card, place("Report", 9001, 1))}
         shown = sorted({n for _, of in answers for n in of if entries[n]["heatmap"]})
         for number, n in enumerate(shown, 1):
-            picture = drawn_heatmap(folder / str(n), entries[n])
+            heatmap = drawn_heatmap(folder / str(n), entries[n])
             where = place("Heatmaps", 9002, number)
-            made[f"heatmap_{n}.dcm"] = heatmap_object(picture, sources[n], **where)
+            made[f"heatmap_{n}.dcm"] = secondary_capture(heatmap, sources[n], where)
         for name, dataset in made.items():
             known = next(iter(sources.values())).known
             dataset.update({key: known[key] for key in IDENTIFIERS})
@@ -2130,93 +2331,172 @@ def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, b
 
 def source_of(data):
     """The header of a scan in the bytes of its identifiers.json, all of it in `known`."""
+    from highdicom.sr import SourceImageForMeasurementGroup
     from pydicom import Dataset
 
     source = Dataset()
     source.known = json.loads(data)
     source.update(source.known | dict.fromkeys(IDENTIFIERS, ""))  # libraries check these
     source.StudyInstanceUID = source.known["StudyInstanceUID"]
-    source.frame = source.known["frame"] and [source.known["frame"]]
+    frames = source.known["frame"] and [source.known["frame"]]
+    image = source.SOPClassUID, source.SOPInstanceUID, frames
+    source.image = SourceImageForMeasurementGroup(*image)
     return source
 
 
-def report_of(answers: list[tuple[dict, dict]], evidence: list, card: dict, **place):
-    """The answers of a study, each with the scans {number: header} that carry it, as DICOM SR."""
+def report_of(answers: list[tuple], sources: dict, card: dict, place: dict):
+    """The answers of a study, each with the numbers of the scans that carry it, as a DICOM SR."""
     from highdicom import sr
     from pydicom import uid
     from pydicom.sr.codedict import codes
 
-    details = [f"model.keras sha256 {place['software_versions']}", NOT_DIAGNOSTIC]
-    known = {"algorithm_id": sr.AlgorithmIdentification(CLASSIFIER, card["created"], details)}
-    known["finding_sites"] = [sr.FindingSite(codes.SCT.Brain)]
-    known["finding_type"] = codes.SCT.Neoplasm
+    own = partial(sr.CodedConcept, scheme_designator=SCHEME)
+    model = f"model.keras sha256 {place['software_versions']}"
+    algorithm = sr.AlgorithmIdentification(CLASSIFIER, card["created"], [model, NOT_DIAGNOSTIC])
+    presence = {"tumor": codes.SCT.Present, NO_TUMOR: codes.SCT.Absent}
     groups = []
-    for answer, carrying in answers:
+    for answer, numbers in answers:
         name, rule = f"series {answer['series']}", card["thresholds"]
         if "highest" in answer:
             rule = rule | (card.get("study") or {})
         else:
             name += f", slice {answer['slice'] + 1}"
+            name += f": {answer['reason']}" if answer["reason"] else ""
         values = answer["tumor_probability"], rule["low"], rule["high"]
-        known["measurements"] = [
-            sr.Measurement(sr.CodedConcept(code, SCHEME, meaning), value, codes.UCUM.NoUnits)
-            for (code, meaning), value in zip(FIGURES.items(), values)
-            if value is not None
-        ]
-        known["qualitative_evaluations"] = [
-            sr.QualitativeEvaluation(sr.CodedConcept(*what), sr.CodedConcept(*code))
-            for what, code in coded(answer)
-        ]
-        known["source_images"] = [
-            sr.SourceImageForMeasurementGroup(image.SOPClassUID, image.SOPInstanceUID, image.frame)
-            for image in carrying.values()
-        ]
+        found = presence.get(answer["verdict"], codes.SCT.Undetermined)
+        said = [(sr.CodedConcept("705057003", "SCT", "Presence"), found)]
+        if (label := answer["label"]) not in (None, NO_TUMOR):
+            kind = TYPES.get(label, (label[:16], SCHEME, label[:64]))
+            said.append((own("type", meaning="Most probable type"), sr.CodedConcept(*kind)))
         tracking = uid.generate_uid(entropy_srcs=[place["sop_instance_uid"], name])
-        tracking = sr.TrackingIdentifier(tracking, name)
-        groups.append(sr.MeasurementsAndQualitativeEvaluations(tracking, **known))
-    device = uid.generate_uid(entropy_srcs=[place["software_versions"]])
+        group = sr.MeasurementsAndQualitativeEvaluations(
+            sr.TrackingIdentifier(tracking, name),
+            finding_type=codes.SCT.Neoplasm,
+            finding_sites=[sr.FindingSite(codes.SCT.Brain)],
+            algorithm_id=algorithm,
+            measurements=[
+                sr.Measurement(own(code, meaning=meaning), value, codes.UCUM.NoUnits)
+                for (code, meaning), value in zip(FIGURES.items(), values)
+                if value is not None
+            ],
+            qualitative_evaluations=[sr.QualitativeEvaluation(*pair) for pair in said],
+            source_images=[sources[n].image for n in numbers],
+        )
+        groups.append(group)
+    device = uid.generate_uid(entropy_srcs=[model])
     device = sr.DeviceObserverIdentifyingAttributes(device, CLASSIFIER)
     observer = sr.ObserverContext(codes.DCM.Device, device)
     context = sr.ObservationContext(observer_device_context=observer)
     procedure, title = codes.LN.MRIUnspecifiedBodyRegion, codes.DCM.ImagingMeasurementReport
     content = sr.MeasurementReport(context, procedure, groups, title)
-    return sr.ComprehensiveSR(evidence, content, is_complete=True, **place)
+    return sr.ComprehensiveSR([*sources.values()], content, is_complete=True, **place)
 
 
-def coded(answer: dict) -> Iterator[tuple]:
-    """Yield (name, value) as codes: whether there is a tumor and of which type."""
-    from pydicom.sr.codedict import codes
-
-    verdict, label = answer["verdict"], answer["label"]
-    reason = "rejected", SCHEME, (answer.get("reason") or "")[:64]
-    known = verdict in PRESENCE and getattr(codes.SCT, PRESENCE[verdict])
-    yield ("705057003", "SCT", "Presence"), known or reason
-    if label not in (None, NO_TUMOR):
-        known = TYPES.get(label, (label[:16], SCHEME, label[:64]))
-        yield ("type", SCHEME, "Most probable type"), known
-
-
-def heatmap_object(picture: Image.Image, source, **place):
-    """A heatmap of a scan, of which `source` is the header, as DICOM SC, marked in the picture."""
+def secondary_capture(picture: Image.Image, source, place: dict):
+    """A heatmap of the scan whose header `source` is as a DICOM SC, marked in the picture."""
     from highdicom.sc import SCImage
-    from pydicom import Dataset
 
     scale = -(-256 // picture.width)
     picture = picture.resize((picture.width * scale, picture.height * scale))
     style = {"anchor": "ld", "font_size": picture.width / 18, "stroke_width": 2}
     style |= {"fill": "white", "stroke_fill": "black"}
     ImageDraw.Draw(picture).text((6, picture.height - 6), NOT_DIAGNOSTIC, **style)
-    kind = {"photometric_interpretation": "RGB", "bits_allocated": 8}
-    kind |= {"coordinate_system": "PATIENT", "patient_orientation": ("L", "P")}
-    dataset = SCImage.from_ref_dataset(source, np.asarray(picture), **kind, **place)
+    kind = "RGB", 8, "PATIENT"
+    place = place | {"patient_orientation": ("L", "P")}  # which is not known, and taken out
+    dataset = SCImage.from_ref_dataset(source, np.asarray(picture), *kind, **place)
     dataset.PatientOrientation, dataset.BodyPartExamined = "", "BRAIN"
-    dataset.FrameOfReferenceUID, shown = source.FrameOfReferenceUID, Dataset()
-    shown.ReferencedSOPClassUID = source.SOPClassUID
-    shown.ReferencedSOPInstanceUID = source.SOPInstanceUID
-    if source.frame:
-        shown.ReferencedFrameNumber = source.frame
-    dataset.SourceImageSequence = [shown]
+    dataset.FrameOfReferenceUID = source.FrameOfReferenceUID
+    dataset.SourceImageSequence = source.image.ReferencedSOPSequence
     return dataset
+
+
+@network.before_app_request
+def go_on() -> None:
+    """Answer and send what a stopped server has left."""
+    if (current_app.uploads / ".network" / "stow").exists():
+        current_app.stow()
+
+
+@network.post("/dicomweb/studies")
+@network.post("/dicomweb/studies/<study>")
+def store_instances(study: str | None = None) -> Response:
+    """Take DICOM objects by STOW-RS; each study is answered once it has come whole."""
+    from pydicom import Dataset
+
+    boundary, items = request.mimetype_params.get("boundary"), {}
+    if not has_network():
+        abort(501, NO_NETWORK)
+    if request.mimetype != "multipart/related" or not boundary:
+        abort(415, "DICOM objects are taken here as multipart/related, type application/dicom.")
+    node, most = current_app.stow(), current_app.config["MAX_FORM_PARTS"]
+    with current_app.jobs.reserve(1), tempfile.TemporaryDirectory(dir=node.arriving) as folder:
+        new_file = partial(tempfile.NamedTemporaryFile, dir=folder, delete=False)
+        parser = formparser.MultiPartParser(lambda **_: new_file(), max_form_parts=most)
+        try:
+            parts = parser.parse(request.stream, boundary.encode(), request.content_length)[1]
+        except ValueError:
+            abort(400, "The request is not the multipart/related that it says it is.")
+        for part in parts.getlist("object"):
+            part.close()
+            status, head = node.keep(pathlib.Path(part.stream.name), study)
+            item = Dataset()
+            item.ReferencedSOPClassUID = head.get("SOPClassUID", "")
+            item.ReferencedSOPInstanceUID = head.get("SOPInstanceUID", "")
+            item.update({"FailureReason": status} if status else {})
+            key = "FailedSOPSequence" if status else "ReferencedSOPSequence"
+            items.setdefault(key, []).append(item)
+    answer = Dataset()
+    answer.update(items)
+    status = 200 if "FailedSOPSequence" not in items else 409 if len(items) == 1 else 202
+    return Response(answer.to_json(), status, mimetype="application/dicom+json")
+
+
+@network.get("/dicomweb/studies/<study>/results")
+def study_results(study: str) -> Response:
+    """The page of the last result of a study that came over the network."""
+    path = current_app.uploads / ".network" / "studies" / hashed(study)
+    upload_id = path.read_text() if path.exists() else ""
+    if not (current_app.uploads / upload_id / "result.json").exists():
+        abort(404, "This study has not come whole yet, or its result has been removed.")
+    return redirect(current_app.url_for("pages.result_page", upload_id=upload_id), 303)
+
+
+@network.cli.command("listen")
+@click.option("--host", default="0.0.0.0", show_default=True)
+@click.option("--port", default=11112, show_default=True)
+@click.option("--aet", default="BRAINMRI", show_default=True, help="The title of this node.")
+@click.option("--peer", "peers", multiple=True, help="TITLE@HOST:PORT to send results to.")
+def listen_command(host: str, port: int, aet: str, peers: tuple) -> None:
+    """Receive studies as a DICOM node, and send a report and heatmaps of each to the peers."""
+    if not has_network():
+        raise click.ClickException(NO_NETWORK)
+    from pydicom import uid
+    from pynetdicom import AE, _config, evt, sop_class
+
+    for peer in peers:
+        if not PEER.fullmatch(peer):
+            raise click.ClickException(f"--peer {peer} has to be TITLE@HOST:PORT.")
+    config, entity = current_app.config, AE(aet)
+    entity.require_called_aet, allowed = True, config["PEERS"].split(",")
+    entity.require_calling_aet = [title.strip() for title in allowed if title.strip()]
+    entity.add_supported_context(sop_class.Verification)
+    syntaxes = uid.UncompressedTransferSyntaxes + uid.JPEGTransferSyntaxes
+    syntaxes += uid.JPEGLSTransferSyntaxes + uid.JPEG2000TransferSyntaxes[:2]
+    for kind in MR:
+        entity.add_supported_context(kind, syntaxes + uid.RLETransferSyntaxes)
+    node = Node(current_app._get_current_object(), str(port), (*peers, config["DICOMWEB"]), aet)
+    _config.STORE_RECV_CHUNKED_DATASET, tempfile.tempdir = True, str(node.arriving)
+
+    def store(event):
+        return node.keep(event.dataset_path, association=event.assoc)[0]
+
+    try:
+        entity.start_server((host, port), False, evt_handlers=[(evt.EVT_C_STORE, store)])
+    except OSError as error:
+        where = f"port {port} of {host}"
+        raise click.ClickException(f"No node can listen on {where}: {error.strerror}.") from None
+    click.echo(f"{aet} listens on port {port} of {host}.")
+    threading.Event().wait()
 
 
 # ------------------------------------------------------------------------- pages and API
@@ -2235,10 +2515,15 @@ HEADERS = {
 
 
 class TolerantDecoder(formparser.MultipartDecoder):
-    """Reads file names that are not UTF-8 as well; Werkzeug's own drops the upload for them."""
+    """Reads file names that are not UTF-8 as well; Werkzeug's own drops the upload for them.
+
+    And the parts of a multipart/related request, which have no name.
+    """
 
     def _parse_headers(self, data):
-        return super()._parse_headers(bytes(data).decode(errors="replace").encode())
+        headers = super()._parse_headers(bytes(data).decode(errors="replace").encode())
+        headers.setdefault("Content-Disposition", 'form-data; name="object"; filename="object"')
+        return headers
 
 
 formparser.MultipartDecoder = TolerantDecoder
@@ -2267,8 +2552,9 @@ def handle_upload() -> dict:
     asked = len(files) if len(files) <= config["MAX_AT_ONCE"] else 1  # a study has its own queue
     with jobs.reserve(asked):
         named = [(file.filename, file.read()) for file in files]
-        if identifiers := bool(request.form.get("identifiers")):
-            need_network()
+        identifiers = bool(request.form.get("identifiers"))
+        if identifiers and not has_network():
+            abort(501, NO_NETWORK)
         try:
             with jobs.reading:
                 scans, skipped = read_upload(named, current_app.limits, plane, identifiers)
@@ -2538,6 +2824,7 @@ def show_error(error: exceptions.HTTPException) -> Response:
     sentence = fault if getattr(error, "original_exception", None) else error.description
     kind = request.accept_mimetypes.best_match(("text/html", "application/json"))
     for_programs = request.path in ("/upload", "/healthz") or request.path.endswith(".json")
+    for_programs |= request.path.startswith("/dicomweb/")
     if for_programs or kind == "application/json":
         response.data, response.mimetype = json.dumps({"error": sentence}), "application/json"
     else:
@@ -2813,6 +3100,8 @@ def create_app(overrides: dict | None = None) -> Flask:
     app.jobs = Jobs(app.classifier, config["MAX_WAITING"], config["MAX_STUDIES"])
     house = app.jobs, app.uploads, hours
     threading.Thread(target=keep_house, args=house, name="house", daemon=True).start()
+    app.stow = cache(lambda: Node(app, "stow", [config["DICOMWEB"]]))
+    app.register_blueprint(network)
     app.register_blueprint(pages)
     proxies = config["TRUSTED_PROXIES"]
     app.wsgi_app = ProxyFix(app.wsgi_app, proxies, proxies, proxies, x_prefix=proxies)

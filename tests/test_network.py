@@ -1,16 +1,28 @@
 """The network node against the real thing: dcmtk as the scanner, Orthanc as the PACS."""
 
+import base64
+import contextlib
 import io
+import json
+import os
 import shutil
+import socket
 import subprocess
+import sys
+import threading
+import time
+import urllib.request
 import zipfile
 from importlib import util
 
 import numpy as np
+import psutil
 import pydicom
 import pytest
-from phantoms import deep, dicom, series
+from phantoms import ROOT, deep, dicom, free_port, make_app, phantom, put, series, until, zipped
 from pydicom import uid
+
+import app as web
 
 PACKAGES = {"storescu": "dcmtk", "Orthanc": "orthanc", "dciodvfy": "dicom3tools"}
 TAGS = {
@@ -89,9 +101,15 @@ def drawn(count=8, study="1.2.3", **tags):
 def with_number(data):
     dataset, file = pydicom.dcmread(io.BytesIO(data)), io.BytesIO()
     dataset.InstanceNumber = int(dataset.ImagePositionPatient[2]) // 5 + 1
-    dataset.add_new(0x00291001, "UN", b"private")
+    dataset.add_new(0x00291001, "UN", b"private!")
     dataset.save_as(file)
     return file.getvalue()
+
+
+def copies(study, numbers):
+    """Files (bytes) of one slice under as many UIDs, 128 kB each."""
+    data = dicom(phantom(side=256).astype(np.uint16) * 16, SOPInstanceUID="9.9.1000", StudyInstanceUID=study)
+    return (data.replace(b"9.9.1000", b"9.9.%04d" % n) for n in numbers)
 
 
 def in_zip(app, result):
@@ -128,11 +146,208 @@ def test_the_report_names_frames_and_says_what_was_rejected(app, send):
     report, heatmap = (pydicom.dcmread(io.BytesIO(data)) for data in in_zip(app, result))
     said = contents(report)
     assert [value[1] for name, value in said if name == "Source of Measurement"] == [1, 2]
-    assert ("Presence", "The picture is blank or nearly so.") in said
+    assert ("Tracking Identifier", "series 1, slice 2: The picture is blank or nearly so.") in said
     assert heatmap.SourceImageSequence[0].ReferencedFrameNumber == 1
 
 
 def test_without_its_libraries_one_sentence_says_how_to_install_them(app, send, monkeypatch):
     monkeypatch.setattr(util, "find_spec", lambda name: None)
-    said = [send(dicom(deep()), identifiers="keep").get_json()["error"]]
-    assert all("pip install -r requirements.txt" in sentence for sentence in said)
+    said = [send(dicom(deep()), identifiers="keep"), app.test_client().post("/dicomweb/studies")]
+    assert [response.status_code for response in said] == [501, 501]
+    run = app.test_cli_runner().invoke(args=["listen"])
+    for sentence in (said[0].get_json()["error"], said[1].get_json()["error"], run.output):
+        assert "pip install -r requirements.txt" in sentence
+
+
+# Over the network
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The shipped model with its gate open, so that a phantom gets an answer."""
+    archive, path = web.read_archive(ROOT / "model.keras"), tmp_path_factory.mktemp("model") / "model.keras"
+    card = json.loads(archive["card.json"]) | {"gate": None}
+    path.write_bytes(zipped(**archive | {"card.json": json.dumps(card)}))
+    return path
+
+
+@contextlib.contextmanager
+def running(command, ready, log, **env):
+    """A server, once what it prints has `ready` in it; killed at the end."""
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=file, stderr=file)
+    try:
+        until(lambda: ready in log.read_text() or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def pacs(tmp_path_factory):
+    """Orthanc: its DICOM address, its DICOMweb address, and a function to ask it."""
+    folder, http, dicom_port = tmp_path_factory.mktemp("pacs"), free_port(), free_port()
+    settings = {
+        "HttpPort": http, "DicomPort": dicom_port, "DicomAet": "PACS", "DicomCheckCalledAet": True,
+        "AuthenticationEnabled": True, "RegisteredUsers": {"brain": "m r"}, "StorageDirectory": str(folder),
+        "Plugins": ["/usr/share/orthanc/plugins/libOrthancDicomWeb.so"], "OverwriteInstances": True,
+    }  # fmt: skip
+    (folder / "orthanc.json").write_text(json.dumps(settings))
+
+    def ask(path):
+        token = base64.b64encode(b"brain:m r").decode()
+        asked = urllib.request.Request(f"http://127.0.0.1:{http}{path}", headers={"Authorization": f"Basic {token}"})
+        return urllib.request.urlopen(asked).read()
+
+    with running(["Orthanc", folder / "orthanc.json"], "Orthanc has started", folder / "log"):
+        yield f"PACS@127.0.0.1:{dicom_port}", f"http://brain:m%20r@127.0.0.1:{http}/dicom-web", ask
+
+
+def received(ask, study, count=2):
+    """The objects (bytes) of a study once the PACS has at least so many."""
+
+    def find():
+        studies = [json.loads(ask(f"/studies/{name}")) for name in json.loads(ask("/studies"))]
+        known = [one["ID"] for one in studies if one["MainDicomTags"]["StudyInstanceUID"] == study]
+        found = json.loads(ask(f"/studies/{known[0]}/instances")) if known else []
+        return len(found) >= count and [ask(f"/instances/{one['ID']}/file") for one in found]
+
+    return until(find, 40)
+
+
+@contextlib.contextmanager
+def listening(folder, model, *options, port=None, **settings):
+    """The port of a listener over `folder`, and its process."""
+    port = port or free_port()
+    env = {"FLASK_MODEL": str(model), "FLASK_UPLOADS": str(folder), "FLASK_STUDY_PAUSE": "0.5"} | settings
+    command = [sys.executable, "-m", "flask", "listen", "--host", "127.0.0.1", "--port", str(port), *options]
+    with running(command, "listens on port", folder.parent / "listener.log", **env) as process:
+        yield port, process
+
+
+def storescu(port, files, folder, *options, title="BRAINMRI"):
+    """A process of dcmtk that sends files (bytes)."""
+    for n, data in enumerate(files):
+        put(folder / f"{n:04}", data)
+    command = ["storescu", "-v", *options, "-aec", title, "127.0.0.1", str(port), "+sd", folder]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def result_of(folder, study):
+    """The result of a study that came over the network, once it is done."""
+    client = make_app(folder).test_client()
+    page = until(lambda: client.get(f"/dicomweb/studies/{study}/results").location)
+    return until(lambda: (found := client.get(f"{page}.json").get_json())["status"] != "running" and found)
+
+
+def test_four_studies_at_once_go_from_the_scanner_to_the_node_and_to_the_pacs(tmp_path, model, pacs):
+    peer, _, ask = pacs
+    studies = {f"1.2.840.1.{n}": drawn(8 + n, f"1.2.840.1.{n}") for n in range(4)}
+    with listening(tmp_path / "uploads", model, "--peer", peer) as (port, _):
+        assert subprocess.run(["echoscu", "-aec", "BRAINMRI", "127.0.0.1", str(port)]).returncode == 0
+        senders = [storescu(port, files, tmp_path / study) for study, files in studies.items()]
+        assert [sender.communicate() and sender.returncode for sender in senders] == [0] * 4
+        for study, files in studies.items():
+            result = result_of(tmp_path / "uploads", study)
+            check(received(ask, study), files, result, tmp_path)
+        until(lambda: not list(tmp_path.glob("uploads/.network/*/*/*/*")))
+    stored = [path.read_bytes() for path in tmp_path.glob("uploads/**/*") if path.is_file()]
+    assert len(stored) > 20 and not [1 for data in stored if b"P-17" in data or "Иванов".encode() in data]
+
+
+def test_the_same_over_stow(tmp_path, pacs):
+    """Each object is answered for as the standard says; what is no MRI is refused."""
+    _, url, ask = pacs
+    study, app = "1.2.840.2", make_app(tmp_path / "uploads", DICOMWEB=url, STUDY_PAUSE=0.5)
+    files, other = drawn(study=study), dicom(deep(), SOPClassUID=uid.CTImageStorage, StudyInstanceUID=study)
+
+    def post(*parts, to=f"/dicomweb/studies/{study}", kind="multipart/related; type=application/dicom; boundary=b"):
+        body = b"".join(b"--b\r\nContent-Type: application/dicom\r\n\r\n%b\r\n" % part for part in parts)
+        return app.test_client().post(to, data=body + b"--b--", content_type=kind)
+
+    def reasons(response):
+        return [item["00081197"]["Value"][0] for item in response.get_json(True)["00081198"]["Value"]]
+
+    first = post(*files[:5], to="/dicomweb/studies")
+    assert first.status_code == 200 and first.mimetype == "application/dicom+json"
+    assert len(first.get_json()["00081199"]["Value"]) == 5 and "00081198" not in first.get_json()
+    second = post(*files[5:], other)
+    assert second.status_code == 202 and reasons(second) == [0x0122]
+    alone = post(other, b"junk", drawn(1, "1.2.840.3")[0])
+    assert alone.status_code == 409 and reasons(alone) == [0x0122, 0xC000, 0xA900]
+    assert post(b"x", kind="application/json").status_code == 415
+    assert post(kind="multipart/related; boundary=c").status_code == 400
+    result = result_of(tmp_path / "uploads", study)
+    check(received(ask, study), files, result, tmp_path)
+    assert not list(tmp_path.glob("uploads/.network/stow/arriving/*"))
+
+
+@pytest.mark.parametrize("options, title, tags, said", [
+    ({}, "WRONG", {}, "Called AE Title Not Recognized"),
+    ({"FLASK_PEERS": "MR1, MR2"}, "BRAINMRI", {}, "Calling AE Title Not Recognized"),
+    ({}, "BRAINMRI", {"SOPClassUID": uid.CTImageStorage}, "No presentation context for: (CT)"),
+])  # fmt: skip
+def test_what_is_not_meant_for_the_node_is_refused_in_the_words_of_the_standard(tmp_path, model, options, title, tags, said):
+    with listening(tmp_path / "uploads", model, **options) as (port, process):
+        with socket.create_connection(("127.0.0.1", port)) as garbage:
+            garbage.sendall(os.urandom(4096))
+        sender = storescu(port, [dicom(deep(), **tags)], tmp_path / "files", title=title)
+        assert said in sender.communicate()[0] and sender.returncode
+        assert process.poll() is None and not list(tmp_path.glob("uploads/.network/*/coming/*"))
+
+
+def test_nothing_is_lost_while_the_peer_is_down_and_over_a_kill(tmp_path, model):
+    """The listener dies in the middle of a study, and again before the peer is there."""
+    folder, study, peer_port = tmp_path / "uploads", "1.2.840.4", free_port()
+    peer, files = f"PACS@127.0.0.1:{peer_port}", drawn(20, study)
+    with listening(folder, model, "--peer", peer) as (port, process):
+        sender = storescu(port, files, tmp_path / "files")
+        until(lambda: len(list(folder.glob(".network/*/coming/*/*"))) > 2)
+        process.kill()
+        sender.communicate()
+    kept = len(list(folder.glob(".network/*/coming/*/*")))
+    assert 2 < kept < 20
+    with listening(folder, model, "--peer", peer, port=port, FLASK_STUDY_PAUSE="3"):
+        assert storescu(port, files, tmp_path / "files").communicate()
+        result = result_of(folder, study)
+        assert len(result["scans"]) == 20 and not result["skipped"]
+        until(lambda: "a result waits" in (tmp_path / "listener.log").read_text())
+    (tmp_path / "pacs").mkdir()
+    storescp = ["storescp", "-v", "-od", tmp_path / "pacs", "-aet", "PACS", str(peer_port)]
+    with running(storescp, "", tmp_path / "log"), listening(folder, model, "--peer", peer, port=port):
+        until(lambda: not list(folder.glob(".network/*/*/*/*")))
+    check([path.read_bytes() for path in (tmp_path / "pacs").iterdir()], files, result, tmp_path)
+
+
+def test_a_thousand_objects_do_not_fill_the_memory(tmp_path, model):
+    """128 MB of them, which are one slice a thousand times."""
+    files = copies("1.2.840.5", range(1000, 2000))
+    with listening(tmp_path / "uploads", model) as (port, process):
+        memory = psutil.Process(process.pid).memory_info
+        before, most, sender = memory().rss, 0, storescu(port, files, tmp_path / "files")
+        reader = threading.Thread(target=sender.communicate)
+        reader.start()
+        while reader.is_alive():
+            most = max(most, memory().rss - before)
+            time.sleep(0.1)
+        assert sender.returncode == 0 and most < 40e6
+        result = result_of(tmp_path / "uploads", "1.2.840.5")
+        assert len(result["scans"]) == 1 and len(result["skipped"]) == 999
+
+
+def test_a_full_disk_refuses_objects_and_keeps_what_it_has(tmp_path, model):
+    (tmp_path / "disk").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=258m", "none", tmp_path / "disk"], check=True)
+    try:
+        with listening(tmp_path / "disk" / "uploads", model) as (port, _):
+            (tmp_path / "disk" / "other").write_bytes(b"x" * 2**20)
+            files = copies("1.2.840.6", range(1000, 1030))
+            said = storescu(port, files, tmp_path / "files", "-nh").communicate()[0]
+            kept = len(list(tmp_path.glob("disk/uploads/.network/*/coming/*/*")))
+            assert 0 < kept < 30 and said.count("Refused: OutOfResources") == 30 - kept
+            (tmp_path / "disk" / "other").unlink()
+            assert len(result_of(tmp_path / "disk" / "uploads", "1.2.840.6")["skipped"]) == kept - 1
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
