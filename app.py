@@ -516,10 +516,15 @@ def read_tiff(data, name, reading):
         pages = list(islice(file.pages, reading.left["scans"] + 2))
         more = " or more" * (len(pages) > reading.left["scans"] + 1)
         reading.take("scans", len(pages), name, f"pages{more}")
+        said = re.match(r"ImageJ=.*?\nimages=(\d+)", pages[0].description, re.DOTALL)
+        if said and int(said[1]) > len(pages):
+            raise UnreadableScan(MORE_HELD.format(name))
         inner = [p for page in pages for p in islice(page.pages or (), 8)]
-        whole = [p for p in pages if not is_copy(p)] or [p for p in inner if not is_copy(p)]
-        largest = max(page.imagewidth * page.imagelength for page in whole or pages)
-        kept = [p for p in whole or pages if 4 * p.imagewidth * p.imagelength > largest]
+        whole = ([p for p in found if not p.subfiletype & 5 and p.tags.valueof(255) != 2]
+                 for found in (pages, inner))  # without those that say to be a copy or a mask
+        whole = next(filter(None, whole), pages)
+        largest = max(page.imagewidth * page.imagelength for page in whole)
+        kept = [p for p in whole if 4 * p.imagewidth * p.imagelength > largest]
         remarks = ("The file also holds a smaller copy, which was left out.",)
         remarks *= len(kept) < len(pages)
         pillow = cache(lambda: Image.open(io.BytesIO(data), formats=("TIFF",)))
@@ -538,11 +543,6 @@ def read_tiff(data, name, reading):
         return scans
 
 
-def is_copy(page):
-    """Whether a TIFF page says that it is a smaller copy of another, or a mask."""
-    return page.subfiletype & 5 != 0 or page.tags.valueof(255) == 2
-
-
 def tiff_values(page, data, pillow, name):
     """The values of a page, (H, W) or (H, W, C), black at zero, RGB for a palette.
 
@@ -550,8 +550,8 @@ def tiff_values(page, data, pillow, name):
     bytes for unsigned ones, drops half of deep colours and mixes up the bytes of others.
     """
     bits, kind, unsaid = page.bitspersample, page.sampleformat, 262 not in page.tags
-    white_is_zero = page.photometric == 0 and not unsaid
-    known = bits % 8 == 0 and page.dtype and page.photometric in range(4)
+    white_is_zero, samples = page.photometric == 0 and not unsaid, page.samplesperpixel
+    known = bits % 8 == 0 and page.dtype and page.photometric in (0, 1, 3, 2)[: 3 + (samples > 2)]
     if known and page.compression in (1, 8, 32946) and page.predictor in (1, 2):
         check_deflated(page, data)
         values = page.asarray(maxworkers=1)
@@ -752,14 +752,14 @@ def inflated(data, most):
 def check_picture(header, name, reading):
     """Raise UnreadableScan for a DICOM file without a picture, of a mosaic, or of a large cost."""
     dataset = header.dataset
-    if not any(key in dataset for key in PIXELS):
-        none = "a DICOM file without a picture; send the images of the study."
+    if header.text("Modality") in ("SEG", "RTDOSE") or not any(key in dataset for key in PIXELS):
+        none = "a DICOM file without a scan; send the images of the study."
         raise UnreadableScan(f"{name} is {none}")
-    kinds, counted = header.text("ImageType").upper(), dataset.get_item(MOSAIC_SLICES)
-    if "MOSAIC" in kinds or counted and header.text(MOSAIC_CREATOR).startswith("SIEMENS"):
-        raise UnreadableScan(f"{name} is a Siemens mosaic; export one picture per slice.")
     header.complete()
     size, frames = (int(dataset.Columns), int(dataset.Rows)), dataset.NumberOfFrames
+    counted = MOSAIC_SLICES in dataset and header.text(MOSAIC_CREATOR).startswith("SIEMENS")
+    if frames == 1 and (counted or re.search("MOSAIC|VFRAME", header.text("ImageType").upper())):
+        raise UnreadableScan(f"{name} is a Siemens or UIH mosaic; export one picture per slice.")
     samples, bits = dataset.SamplesPerPixel, dataset.BitsAllocated
     bytes_each = 3 * max(1, bits // 8) * samples  # copied twice
     reading.take("scans", frames, name, "frames")
@@ -929,7 +929,7 @@ def dicom_scan(frame, header, name, n, **more):
     place = float(normal @ corner) if plane and corner else header.number("SliceLocation")
     if place is None:  # without an orientation the corners of a stack still tell its order
         place = sum(corner) if corner else header.number("InStackPositionNumber")
-    person = [header.text(key) for key in PERSON]
+    person = [header.text(key).upper().rstrip("^ ") for key in PERSON]  # as some programs write
     unnamed = header.text("SeriesNumber"), plane, frame.shape  # tells series without UID apart
     parts = [person], [person, header.text("SeriesInstanceUID") or unnamed]
     study, series = (hashlib.sha256(repr(part).encode()).hexdigest() for part in parts)

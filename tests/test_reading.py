@@ -602,7 +602,8 @@ def test_blank_and_noisy_slices_are_left_out_one_by_one():
 def test_frames_with_slopes_of_their_own_are_all_answered():
     slopes = [{"RescaleSlope": n, "RescaleIntercept": 0} for n in (1, 50, 0.01, 1, 1, 3)]
     groups = items(PixelValueTransformationSequence=slopes)
-    data = dicom(np.stack(HEADS), NumberOfFrames=6, PerFrameFunctionalGroupsSequence=groups)
+    data = dicom(np.stack(HEADS), NumberOfFrames=6, PerFrameFunctionalGroupsSequence=groups,
+                 ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"])  # which it was once
     scans, skipped = read_upload([("enhanced", data)])
     assert len(scans) == 6 and not skipped
 
@@ -670,6 +671,7 @@ def test_the_planes_of_a_localizer_are_series_of_their_own():
 @pytest.mark.parametrize("one, other, studies", [
     ({}, {"PatientID": "B"}, 2), ({}, {"PatientName": "B"}, 2),
     ({}, {"PatientBirthDate": "19600101"}, 2), ({}, {"StudyInstanceUID": "1.2.9"}, 2),
+    ({"PatientName": "DOE^JANE"}, {"PatientName": "Doe^Jane^^^", "SeriesInstanceUID": "1.9"}, 1),
     ({"SeriesInstanceUID": "", "SeriesNumber": 1}, {"SeriesInstanceUID": "", "SeriesNumber": 2}, 1),
 ])
 def test_patients_are_told_apart_in_one_series_and_series_without_uid(one, other, studies):

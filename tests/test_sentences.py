@@ -63,6 +63,15 @@ def packed_frames(syntax, said):
     return phantoms.written(dataset)
 
 
+def one_page(stack):
+    """A stack as old versions of ImageJ write it, with a page for the first picture alone."""
+    data = tiff(*stack, description="ImageJ=1.40\nimages=6\n", metadata=None)
+    (at,) = struct.unpack_from("<I", data, 4)
+    (entries,) = struct.unpack_from("<H", data, at)
+    after = at + 2 + 12 * entries
+    return data[:after] + bytes(4) + data[after + 4 :]
+
+
 def private_mosaic():
     """A Siemens mosaic that only a private element tells."""
     dataset = phantoms.dataset_of(DEEP)
@@ -130,11 +139,12 @@ SENTENCES = [
      "crop it and send it again."),
     (SHIPPED["JPGExtended"], 415, "scan is compressed as JPEG Extended (Process 2 and 4) and "
      "cannot be decoded; export it uncompressed (Explicit VR Little Endian)."),
-    (SHIPPED["rtplan"], 415,
-     "scan is a DICOM file without a picture; send the images of the study."),
-    (dicom(DEEP, ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"]), 415,
-     "scan is a Siemens mosaic; export one picture per slice."),
-    (private_mosaic(), 415, "scan is a Siemens mosaic; export one picture per slice."),
+    *((data, 415, "scan is a DICOM file without a scan; send the images of the study.")
+      for data in (SHIPPED["rtplan"], dicom(DEEP, Modality="SEG"), dicom(DEEP, Modality="RTDOSE"))),
+    *((dicom(DEEP, ImageType=["ORIGINAL", "PRIMARY", *kinds]), 415,
+       "scan is a Siemens or UIH mosaic; export one picture per slice.")
+      for kinds in (["M", "MOSAIC"], ["VFRAME"])),
+    (private_mosaic(), 415, "scan is a Siemens or UIH mosaic; export one picture per slice."),
     *((data, 415, "scan is half of a volume; save both files as one .nii file.")
       for data in (nifti(DEEP[..., None], magic=b"ni1"),
                    nifti(DEEP[..., None], magic=bytes(4))[:348],
@@ -150,8 +160,10 @@ SENTENCES = [
                    dicom(np.dstack([HEAD] * 3), SamplesPerPixel=1),
                    packed_frames(uid.RLELossless, said=3), packed_frames(uid.RLELossless, said=1),
                    packed_frames(uid.JPEGLSLossless, said=3),
-                   nifti(FRAMES, dim=[3, 96, 96, 3, 1, 1, 1, 1]),
+                   one_page(FRAMES), nifti(FRAMES, dim=[3, 96, 96, 3, 1, 1, 1, 1]),
                    nifti(np.moveaxis(FRAMES, 0, -1), dim=[2, 96, 96, 1, 1, 1, 1, 1]))),
+    (tiff(np.dstack([HEAD] * 3), photometric="rgb").replace(b"\x15\1\3\0", b"\xe8\xfd\3\0"), 415,
+     "scan is a TIFF of packed 8-bit unsigned values, which is not read; save it uncompressed."),
     (TAKEN_FOR_16_BITS, 415, "scan is a TIFF of packed 16-bit unsigned values, which is not read; "
      "save it uncompressed."),
     # What would cost too much
