@@ -1437,8 +1437,8 @@ class Classifier:
         network, self.card = archive["serving.tflite"], read_card(archive["card.json"], path)
         if self.card.get("serving_sha256") != hashlib.sha256(network).hexdigest():
             raise wrong_model(path, "holds another network than the one its card was written for")
-        self.engines = queue.SimpleQueue()  # those that are free
         count = max(1, -(-threads // ENGINE_THREADS))
+        self.engines, self.turns = queue.SimpleQueue(), ThreadPoolExecutor(count)  # free ones
         for _ in range(count):
             self.engines.put(litert(network, max(1, threads // count), path))
         start = time.monotonic()
@@ -1455,7 +1455,11 @@ class Classifier:
         self.summary = {"sha256": self.sha256, "engine": engine, "labels": self.labels}
 
     def infer(self, prepared: np.ndarray) -> dict[str, np.ndarray]:
-        """Outputs by name for uint8 (N, 224, 224, 3), from the next engine that is free."""
+        """Outputs by name for uint8 (N, 224, 224, 3), first come, first served."""
+        return self.turns.submit(self.infer_now, prepared).result()
+
+    def infer_now(self, prepared):
+        """The same from a free engine; there is one, as turns has no more threads than engines."""
         engine = self.engines.get()
         try:
             return engine(prepared)

@@ -81,6 +81,19 @@ def test_engines_share_the_threads_and_each_is_used_by_one_caller(monkeypatch):
     assert classifier.engines.qsize() == 3
 
 
+def test_no_caller_waits_while_the_others_are_answered_again_and_again(monkeypatch):
+    outputs = Classifier(MODEL).infer(np.zeros((1, 224, 224, 3), np.uint8))
+    monkeypatch.setattr("app.litert", lambda *_: lambda _: time.sleep(0.002) or outputs)
+    classifier, end = Classifier(MODEL), time.monotonic() + 1
+
+    def answers(_):
+        return sum(1 for _ in iter(lambda: time.monotonic() < end and classifier.infer(None), False))
+
+    with ThreadPoolExecutor(8) as pool:
+        counts = list(pool.map(answers, range(8)))
+    assert min(counts) > max(counts) / 4, counts
+
+
 def test_no_scan_no_finding(classifier):
     assert classifier.classify([]) == []
 
