@@ -16,6 +16,7 @@ import threading
 import time
 import unicodedata
 import urllib.error
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import benchmark
@@ -138,6 +139,8 @@ def test_many_scans_are_a_table_with_the_most_suspicious_first(client, send):
     assert list(p) == [name for _, name in files] and page.count("<rect") == 4
     assert sorted(shown) == sorted(p) and shown[-1] == "blank.png"
     assert [p[name] for name in shown[:-1]] == sorted(filter(None, p.values()), reverse=True)
+    warned = Counter(warning for scan in result["scans"] for warning in scan["warnings"])
+    assert warned and all(f"{text} ({count} of 5 scans)" in page for text, count in warned.items())
     assert "blank.png" in last and 'rel="prev"' in last and 'rel="next"' not in last
     assert picture_at(client, f"{url}/1/thumbnail.png").size == (96, 96)
     assert client.get(f"{url}/5").status_code == 404
