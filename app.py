@@ -1834,11 +1834,6 @@ def sweep(uploads: pathlib.Path, hours: float) -> None:
             if ID.fullmatch(upload_id) and why:
                 shutil.rmtree(folder)
                 audit("deletion", id=upload_id, why=why)
-    node = uploads / ".network"  # what stays of objects that came in part; the IDs of results
-    for path in chain(node.glob("*/arriving/**/*"), node.glob("studies/*")):
-        with contextlib.suppress(OSError):
-            if is_old(path, hours):
-                path.unlink()
 
 
 def csv_columns(labels: list[str]) -> list[str]:
@@ -2101,7 +2096,6 @@ UIDS = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID"]
 HEAD = 2**22  # bytes of an object in which its UIDs are looked for
 LEAST_FREE = 2**28  # bytes of the disk that are left to results
 OUT_OF_RESOURCES, OTHER_STUDY, UNREADABLE, UNSUPPORTED = 0xA700, 0xA900, 0xC000, 0x0122
-STORED = (0, 0xB000, 0xB006, 0xB007)
 PEER = re.compile(r"([^@]{1,16})@(.+):(\d{1,5})")
 LONGEST_WAIT = 600  # seconds between two tries to send
 CLASSIFIER, NOT_DIAGNOSTIC = "Brain MRI classifier", "not for diagnosis"
@@ -2128,7 +2122,7 @@ class Node:
     """What comes over the network and what goes back, on disk until it is done with.
 
     An object arrives in `arriving` and goes on to its study in `coming`: a folder that is named by
-    a hash until the study has come whole, and then by the ID of its result. For each of `peers`,
+    a hash, after the ID of its result once the study has come whole. For each of `peers`,
     TITLE@HOST:PORT or a URL, there is a folder of results that are still to be sent.
     """
 
@@ -2136,10 +2130,10 @@ class Node:
         """Begin to answer and to send, once the other processes of this name have ended."""
         self.app, self.title, self.pause = app, title, app.config["STUDY_PAUSE"]
         self.lock, self.sending = threading.Lock(), {}  # which studies an association sends
-        self.folder, self.studies = (app.uploads / ".network" / part for part in (name, "studies"))
+        self.folder = app.uploads / ".network" / name
         self.arriving, self.coming = self.folder / "arriving", self.folder / "coming"
         self.peers = {peer: self.folder / hashed(peer) for peer in peers if peer}
-        for folder in (self.studies, self.arriving, self.coming, *self.peers.values()):
+        for folder in (self.arriving, self.coming, *self.peers.values()):
             folder.mkdir(parents=True, exist_ok=True)
         threading.Thread(target=self.work, name="network", daemon=True).start()
 
@@ -2179,29 +2173,34 @@ class Node:
             for peer in self.peers:
                 threading.Thread(target=self.send, args=(peer,), daemon=True).start()
             while True:
-                try:
-                    for study in filter(None, map(self.whole, list(self.coming.iterdir()))):
-                        self.answer(study)
-                except OSError:
-                    logging.exception("studies wait for the disk")
+                for folder in list(self.coming.glob("*")):
+                    try:
+                        if study := self.whole(folder):
+                            self.answer(study)
+                    except Exception:  # the disk, say
+                        logging.exception("a study waits")
+                        time.sleep(HEARTBEAT)
+                for path in self.arriving.rglob("*.dcm"):
+                    with contextlib.suppress(FileNotFoundError):
+                        if is_old(path, 1 / 6):  # it came in part
+                            path.unlink()
                 time.sleep(min(1, self.pause / 4))
 
     def whole(self, folder: pathlib.Path) -> pathlib.Path | None:
-        """The folder of a study, named by its ID, if it has come whole and can be answered."""
+        """The folder of a study under its ID, if it has come whole and there is room to answer."""
         with self.lock:
             self.sending = {one: of for one, of in self.sending.items() if one and one.is_alive()}
-            waits = folder in set().union(*self.sending.values())
-            if not (waits or ID.fullmatch(folder.name)) and is_old(folder, self.pause / 3600):
-                upload_id = secrets.token_urlsafe(16)
-                (self.studies / folder.name).write_text(upload_id)
-                folder = folder.rename(folder.with_name(upload_id))
+            waits = folder in set().union(*self.sending.values()) or "." in folder.name
+            if not waits and is_old(folder, self.pause / 3600):
+                name = f"{secrets.token_urlsafe(16)}.{folder.name}"
+                folder = folder.rename(folder.with_name(name))
         room = shutil.disk_usage(folder).free >= LEAST_FREE
-        return folder if room and ID.fullmatch(folder.name) else None
+        return folder if room and "." in folder.name else None
 
     def answer(self, study: pathlib.Path) -> None:
         """Answer a study as if it were an upload, and queue what goes back."""
-        app, folder = self.app, self.app.uploads / study.name
-        shutil.rmtree(folder, ignore_errors=True)  # of a server that was stopped meanwhile
+        app, (upload_id, uid) = self.app, study.name.split(".")
+        shutil.rmtree(folder := app.uploads / upload_id, ignore_errors=True)  # of a stopped server
         files, scans, skipped, error = sorted(study.iterdir()), [], [], None
         sent = sum(path.stat().st_size for path in files)
         named = ((f"{n}.dcm", path.read_bytes()) for n, path in enumerate(files, 1))
@@ -2210,28 +2209,28 @@ class Node:
                 scans, skipped = read_upload(named, app.limits, None, True, sent)
         except UnreadableScan as refusal:
             error = str(refusal)
-        result = new_result(app.classifier.summary, scans, skipped) | {"id": study.name}
+        result = new_result(app.classifier.summary, scans, skipped) | {"id": upload_id}
         folder.mkdir()
         write_result(folder, result)
+        (folder / f"study.{uid}").touch()
         if error:
             end_early(folder, result, "failed", error=error)
         else:
             app.jobs.unfinished.add(folder)
             app.jobs.finish(folder, result, scans, lambda: self.queue(folder, result))
-        audit("study", id=study.name, status=result["status"], files=len(files), bytes=sent)
+        audit("study", id=upload_id, status=result["status"], files=len(files), bytes=sent)
         shutil.rmtree(study)
 
     def queue(self, folder: pathlib.Path, result: dict) -> None:
         """Queue the objects of a result for each peer; no identifier stays with the result."""
         objects = dicom_objects(folder, result, self.app.classifier.card) if self.peers else {}
-        for queued in self.peers.values() if objects else ():
+        for queued in self.peers.values():
             partial, whole = self.arriving / result["id"], queued / result["id"]
-            for old in (partial, whole):
-                shutil.rmtree(old, ignore_errors=True)
-            partial.mkdir()
-            for name, data in objects.items():
-                (partial / name).write_bytes(data)
-            partial.rename(whole)
+            if objects and not whole.exists():
+                partial.mkdir(exist_ok=True)
+                for name, data in objects.items():
+                    (partial / name).write_bytes(data)
+                partial.rename(whole)
         for path in folder.glob("*/identifiers.json"):
             path.unlink()
 
@@ -2239,7 +2238,7 @@ class Node:
         """Send a peer what is queued for it, for ever, with growing waits while that fails."""
         wait = 1
         while True:
-            for folder in sorted(self.peers[peer].iterdir(), key=os.path.getmtime):
+            for folder in sorted(self.peers[peer].glob("*"), key=os.path.getmtime):
                 try:
                     for path in sorted(folder.iterdir()):
                         stow(peer, path) if "://" in peer else c_store(peer, path, self.title)
@@ -2268,7 +2267,7 @@ def c_store(peer: str, path: pathlib.Path, title: str) -> None:
         raise ConnectionError("it accepts no association for this")
     status = association.send_c_store(dataset).get("Status")
     association.release()
-    if status not in STORED:
+    if status not in (0, 0xB000, 0xB006, 0xB007):  # the last three with a warning
         raise ConnectionError(f"it answered with status {status}")
 
 
@@ -2304,32 +2303,29 @@ def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, b
     for study, sources in studies.items():
         seed = sorted(f"{s.SOPInstanceUID} {s.known['frame']}" for s in sources.values())
         seed.insert(0, result["model"]["sha256"])
-
-        def place(title, series, number, seed=seed):
-            """Where an object belongs, as highdicom has it."""
-            uids = [generate_uid(entropy_srcs=[*seed, title, str(n)]) for n in (0, number)]
-            known = dict(zip(("series_instance_uid", "sop_instance_uid"), uids))
-            known |= {"series_number": series, "instance_number": number}
-            known |= {"manufacturer": CLASSIFIER, "software_versions": seed[0]}
-            known |= {"series_description": f"{title}, {NOT_DIAGNOSTIC}"}
-            return known | {"specific_character_set": "ISO_IR 192"}
-
         answers = []  # each with the scans that carry it
         for found, places in series_of(result):
             each = [(found, found["highest"])] if found else [(entries[n], [n]) for n in places]
             if entries[places[0]]["study"] == study:
                 answers += [(one, [n for n in of if n in sources]) for one, of in each]
-        made = {f"report_{study}.dcm": report_of(answers, sources, card, place("Report", 9001, 1))}
         shown = sorted({n for _, of in answers for n in of if entries[n]["heatmap"]})
-        for number, n in enumerate(shown, 1):
-            heatmap = drawn_heatmap(folder / str(n), entries[n])
-            where = place("Heatmaps", 9002, number)
-            made[f"heatmap_{n}.dcm"] = secondary_capture(heatmap, sources[n], where)
-        for name, dataset in made.items():
+        for number, n in enumerate([None, *shown]):
+            title = "Heatmaps" if number else "Report"
+            uids = [generate_uid(entropy_srcs=[*seed, title, str(n)]) for n in ("series", number)]
+            place = dict(zip(("series_instance_uid", "sop_instance_uid"), uids))
+            place |= {"series_number": 9002 if number else 9001, "instance_number": number or 1}
+            place |= {"manufacturer": CLASSIFIER, "software_versions": seed[0]}
+            place |= {"series_description": f"{title}, {NOT_DIAGNOSTIC}"}
+            place |= {"specific_character_set": "ISO_IR 192"}
+            if number:
+                heatmap = drawn_heatmap(folder / str(n), entries[n])
+                dataset = secondary_capture(heatmap, sources[n], place)
+            else:
+                dataset = report_of(answers, sources, card, place)
             known = next(iter(sources.values())).known
             dataset.update({key: known[key] for key in IDENTIFIERS})
             dataset.save_as(file := io.BytesIO(), enforce_file_format=True)
-            objects[name] = file.getvalue()
+            objects[f"heatmap_{n}.dcm" if number else f"report_{study}.dcm"] = file.getvalue()
     return objects
 
 
@@ -2434,7 +2430,7 @@ def store_instances(study: str | None = None) -> Response:
         abort(415, "DICOM objects are taken here as multipart/related, type application/dicom.")
     node, most = current_app.stow(), current_app.config["MAX_FORM_PARTS"]
     with current_app.jobs.reserve(1), tempfile.TemporaryDirectory(dir=node.arriving) as folder:
-        new_file = partial(tempfile.NamedTemporaryFile, dir=folder, delete=False)
+        new_file = partial(tempfile.NamedTemporaryFile, dir=folder, suffix=".dcm", delete=False)
         parser = formparser.MultiPartParser(lambda **_: new_file(), max_form_parts=most)
         try:
             parts = parser.parse(request.stream, boundary.encode(), request.content_length)[1]
@@ -2443,11 +2439,9 @@ def store_instances(study: str | None = None) -> Response:
         for part in parts.getlist("object"):
             part.close()
             status, head = node.keep(pathlib.Path(part.stream.name), study)
-            item = Dataset()
-            item.ReferencedSOPClassUID = head.get("SOPClassUID", "")
-            item.ReferencedSOPInstanceUID = head.get("SOPInstanceUID", "")
+            item, key = Dataset(), "FailedSOPSequence" if status else "ReferencedSOPSequence"
+            item.update({f"Referenced{uid}": head.get(uid, "") for uid in UIDS[:2]})
             item.update({"FailureReason": status} if status else {})
-            key = "FailedSOPSequence" if status else "ReferencedSOPSequence"
             items.setdefault(key, []).append(item)
     answer = Dataset()
     answer.update(items)
@@ -2458,11 +2452,11 @@ def store_instances(study: str | None = None) -> Response:
 @network.get("/dicomweb/studies/<study>/results")
 def study_results(study: str) -> Response:
     """The page of the last result of a study that came over the network."""
-    path = current_app.uploads / ".network" / "studies" / hashed(study)
-    upload_id = path.read_text() if path.exists() else ""
-    if not (current_app.uploads / upload_id / "result.json").exists():
+    found = current_app.uploads.glob(f"*/study.{hashed(study)}")
+    last = max(found, key=os.path.getmtime, default=None)
+    if not last:
         abort(404, "This study has not come whole yet, or its result has been removed.")
-    return redirect(current_app.url_for("pages.result_page", upload_id=upload_id), 303)
+    return redirect(current_app.url_for("pages.result_page", upload_id=last.parent.name), 303)
 
 
 @network.cli.command("listen")
@@ -2481,8 +2475,9 @@ def listen_command(host: str, port: int, aet: str, peers: tuple) -> None:
         if not PEER.fullmatch(peer):
             raise click.ClickException(f"--peer {peer} has to be TITLE@HOST:PORT.")
     config, entity = current_app.config, AE(aet)
-    entity.require_called_aet, allowed = True, config["PEERS"].split(",")
-    entity.require_calling_aet = [title.strip() for title in allowed if title.strip()]
+    entity.maximum_pdu_size = 2**17
+    entity.require_called_aet = True
+    entity.require_calling_aet = [*filter(None, map(str.strip, config["PEERS"].split(",")))]
     entity.add_supported_context(sop_class.Verification)
     syntaxes = uid.UncompressedTransferSyntaxes + uid.JPEGTransferSyntaxes
     syntaxes += uid.JPEGLSTransferSyntaxes + uid.JPEG2000TransferSyntaxes[:2]

@@ -21,6 +21,7 @@ import pydicom
 import pytest
 from phantoms import ROOT, deep, dicom, free_port, make_app, phantom, put, series, until, zipped
 from pydicom import uid
+from pynetdicom import AE
 
 import app as web
 
@@ -298,6 +299,22 @@ def test_what_is_not_meant_for_the_node_is_refused_in_the_words_of_the_standard(
         assert process.poll() is None and not list(tmp_path.glob("uploads/.network/*/coming/*"))
 
 
+def test_an_association_is_waited_for_and_may_send_in_every_syntax(tmp_path, model):
+    syntaxes = (uid.ImplicitVRLittleEndian, uid.DeflatedExplicitVRLittleEndian, uid.ExplicitVRBigEndian,
+                uid.RLELossless, uid.JPEGLSLossless)  # fmt: skip
+    entity, folder = AE(), tmp_path / "uploads"
+    for syntax in syntaxes:
+        entity.add_requested_context(uid.MRImageStorage, syntax)
+    with listening(folder, model) as (port, _):
+        association = entity.associate("127.0.0.1", port, ae_title="BRAINMRI")
+        for n, syntax in enumerate(syntaxes):
+            path = put(tmp_path / f"{n}.dcm", dicom(deep(n), syntax, StudyInstanceUID="1.2.840.8"))
+            assert association.send_c_store(path).Status == 0
+            time.sleep(0.8)  # longer than the pause
+        association.release()
+        assert len(result_of(folder, "1.2.840.8")["scans"]) == len(syntaxes)
+
+
 def test_nothing_is_lost_while_the_peer_is_down_and_over_a_kill(tmp_path, model):
     """The listener dies in the middle of a study, and again before the peer is there."""
     folder, study, peer_port = tmp_path / "uploads", "1.2.840.4", free_port()
@@ -313,7 +330,7 @@ def test_nothing_is_lost_while_the_peer_is_down_and_over_a_kill(tmp_path, model)
         assert storescu(port, files, tmp_path / "files").communicate()
         result = result_of(folder, study)
         assert len(result["scans"]) == 20 and not result["skipped"]
-        until(lambda: "a result waits" in (tmp_path / "listener.log").read_text())
+        until(lambda: "4 seconds" in (tmp_path / "listener.log").read_text())
     (tmp_path / "pacs").mkdir()
     storescp = ["storescp", "-v", "-od", tmp_path / "pacs", "-aet", "PACS", str(peer_port)]
     with running(storescp, "", tmp_path / "log"), listening(folder, model, "--peer", peer, port=port):
