@@ -1,30 +1,21 @@
-"""Measure the app: python tests/benchmark.py [SCAN…] [--only parts naive load archive]"""
+"""Measure the app: python tests/benchmark.py [SCAN…] [--load | --only parts naive load archive]"""
 
 import argparse
 import contextlib
 import json
 import os
 import pathlib
-import random
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count, cycle, islice
+from itertools import count, cycle
 
 import numpy as np
-import psutil
-from phantoms import ROOT, encode, free_port, phantom, sender, zipped
+from load import MODEL, crowd, load, memory, server
+from phantoms import encode, phantom, sender, zipped
 
 import app as web
 
-MODEL = str(ROOT / "model.keras")
-FLASK = "flask --app {app} run --port {port}"
-GUNICORN = "gunicorn --workers 1 --threads 40 --bind 127.0.0.1:{port} app:create_app()"
 NAIVE = """
 import os, flask, keras, numpy
 from PIL import Image
@@ -34,32 +25,6 @@ def upload():
     picture = Image.open(flask.request.files["file"]).convert("RGB").resize((224, 224))
     return model.predict(numpy.asarray(picture, "float32")[None], verbose=0)[0].tolist()
 """
-
-
-@contextlib.contextmanager
-def server(folder, data, command=FLASK, app="app.py"):
-    """(process, URL of the API, seconds to its first answer) of a server, results in `folder`."""
-    port, start = free_port(), time.monotonic()
-    command = [sys.executable, "-m", *command.format(app=app, port=port).split()]
-    settings = os.environ | {"FLASK_UPLOADS": str(folder), "FLASK_MODEL": MODEL}
-    url, quiet = f"http://127.0.0.1:{port}/upload", subprocess.DEVNULL
-    process = subprocess.Popen(command, cwd=ROOT, env=settings, stdout=quiet, stderr=quiet)
-    try:
-        while process.poll() is None:
-            with contextlib.suppress(ConnectionError, urllib.error.URLError):
-                sender(url, data)()
-                break
-            time.sleep(0.01)
-        yield process, url, time.monotonic() - start
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def memory(process):
-    """Resident memory of a process and its children, MiB."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
-    return sum(member.memory_info().rss for member in family) / 2**20
 
 
 def timed(functions, rounds):
@@ -121,25 +86,6 @@ def parts(files, given, folder):
         print(f"a study of {given.slices:3}, as a ZIP {rate:17.1f} scans a second")
 
 
-def crowd(files, url, clients, seconds):
-    """(seconds, status) of each answer to so many clients, who send one file after the other."""
-    answers, end = [], time.monotonic() + seconds
-
-    def client(_):
-        while (start := time.monotonic()) < end:
-            status = 200
-            try:
-                sender(url, random.choice(files))()
-            except urllib.error.HTTPError as error:
-                status = error.code
-            answers.append((time.monotonic() - start, status))
-            time.sleep(status == 503)  # as Retry-After asks
-
-    with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(client, range(clients)))
-    return answers
-
-
 def naive(files, given, folder):
     """Answers a second beside a plain app, asked in turn, and the memory of both."""
     (folder / "naive.py").write_text(NAIVE)
@@ -153,18 +99,6 @@ def naive(files, given, folder):
             asked = [len(crowd(files, url, clients, given.seconds / 6)) for url in urls * 3]
             ours, theirs = np.median(np.reshape(asked, (3, 2)), axis=0)
             print(f"{clients} at a time: {ours / theirs:.1f} times as many answers")
-
-
-def load(files, given, folder):
-    """A server under 8, then 32 clients that send scans and broken files without a pause."""
-    broken = [files[0][:5000], b"I am a text file", os.urandom(20_000)]
-    with server(folder, files[0], GUNICORN) as (process, url, _):
-        for clients in (8, 32):
-            mixed = [*islice(cycle(files), 9), *broken]
-            times, statuses = zip(*crowd(mixed, url, clients, given.seconds))
-            rate, p99 = len(times) / given.seconds, np.quantile(times, 0.99)
-            print(f"{clients} clients: {rate:.1f} answers a second, 99 % within {p99:.2f} s, "
-                  f"{dict(Counter(statuses))}, {memory(process):.0f} MiB")
 
 
 def archive(files, given, folder):
@@ -186,7 +120,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description="Measure the app on this machine.")
     parser.add_argument("files", nargs="*", type=pathlib.Path, help="pictures; phantoms without")
     parser.add_argument("--only", nargs="+", choices=measures, default=measures)
-    for name, default in {"rounds": 50, "scans": 1000, "slices": 150, "seconds": 60}.items():
+    parser.add_argument("--load", action="store_const", dest="only", const=["load"])
+    defaults = {"rounds": 50, "scans": 1000, "slices": 150, "seconds": 60, "idle": 500}
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args(arguments)
     drawn = (encode(phantom(n, n % 2, 512), "JPEG", quality=90) for n in range(8))

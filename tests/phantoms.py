@@ -146,11 +146,23 @@ def free_port():
         return free.getsockname()[1]
 
 
-def sender(url, data):
-    """A function that sends a file to a URL and returns the body of the answer."""
+def sender(url, data, seconds=0):
+    """A function that sends a file to a URL, in so many seconds, and returns the answer's body."""
     boundary, body = encode_multipart({"file": FileStorage(io.BytesIO(data), "scan")})
     kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-    return lambda: urllib.request.urlopen(urllib.request.Request(url, body, kind)).read()
+    kind["Content-Length"] = str(len(body))
+
+    def pieces():
+        for start in range(0, len(body), len(body) // 10):
+            time.sleep(seconds / 10)
+            yield body[start : start + len(body) // 10]
+
+    def send():
+        sent = pieces() if seconds else body
+        with urllib.request.urlopen(urllib.request.Request(url, sent, kind)) as response:
+            return response.read()
+
+    return send
 
 
 def picture(name, data):

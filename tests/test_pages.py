@@ -20,6 +20,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import benchmark
+import load
 import numpy as np
 import phantoms
 import pytest
@@ -570,12 +571,17 @@ def answered(send):
 
 def test_the_benchmark_prints_every_figure(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("FLASK_MAX_AT_ONCE", "1")  # of the server it starts: two scans are a study
-    small = {"--rounds": 1, "--scans": 2, "--slices": 2, "--seconds": 1}
+    small = {"--rounds": 1, "--scans": 2, "--slices": 2, "--seconds": 1, "--idle": 20}
     settings = [str(part) for pair in small.items() for part in pair]
     benchmark.main(["--only", "parts", "load", "archive", *settings])
     printed = capsys.readouterr().out
     lines = ("start to first answer, one upload, x the bare interpreter, read and check, "
              "prepare, network and verdict, store, heatmap, memory, a study of   2, 8 clients, "
-             "32 clients, 99 % within, 1 workers of, 2 workers of")
+             "32 clients, 99 % within, 20 idle and 2 slow, spoilt, kill -9, a disk of 4 MB, "
+             "1 workers of, 2 workers of")
     for line in lines.split(", "):
         assert line in printed
+    tried = re.findall(r"^\| \d+ clients.* \| (\d+) \|$", printed, re.M)
+    assert " times 200" in printed and tried == ["0"] * 6  # nothing that was answered is gone
+    command = load.GUNICORN.removeprefix("-m ").partition(" --bind")[0]
+    assert f"{command} 'app:create_app()'" in (ROOT / "README.md").read_text()
