@@ -632,11 +632,13 @@ def stretched(values):
     values = np.asarray(values, np.result_type(values, np.float32))
     some = (values[np.isfinite(values)] for values in (subsample(values)[1], values, np.zeros(1)))
     sample = next(filter(np.size, some))
-    for level in (sample.min(), sample.max()):
-        others = sample[sample != level]
-        black, white = np.percentile(others, (0.1, 99.9)) if len(others) else (level, level)
+    for end in (0, -1):
+        coarse = np.sort(sample[::5])
+        level, others = coarse[end], coarse[coarse != coarse[end]]
+        few = len(others) // 1000
+        black, white = others[[few, -1 - few]] if len(others) else (level, level)
         if black < white and max(black - level, level - white) > 2 * (white - black):
-            sample, values = others, np.where(values == level, np.nan, values)
+            sample, values = sample[sample != level], np.where(values == level, np.nan, values)
     black, white = np.percentile(sample, (0.1, 99.9))
     return Grey(to_uint8(values, black, white), (float(black), float(white)))
 
@@ -954,7 +956,8 @@ def dicom_grey(frame, header):
     frame = thinned(frame)
     packed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
     unused = (dataset.BitsAllocated - header.stored) * (frame.dtype.kind in "iu")
-    others = np.unique(frame >> header.stored).astype(int) if unused and not header.shift else ()
+    beyond = frame >> header.stored if unused and not header.shift else np.zeros(1)
+    others = np.unique(beyond).astype(int) if beyond.any() else ()
     if 2 < len(others) > np.ptp(others) / 2 and OVERLAY_BITS not in dataset:  # those of its values
         header.ignore("BitsStored")
     elif unused and not (packed and (not header.shift or frame.max() < 2**header.stored)):
