@@ -53,7 +53,7 @@ from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 HERE = pathlib.Path(__file__).parent
-AUDIT = logging.getLogger("brain-mri.audit")
+LOG, AUDIT = logging.getLogger(__name__), logging.getLogger("audit")
 UTC = "%Y-%m-%dT%H:%M:%SZ"
 
 # ------------------------------------------------------------------------------ settings
@@ -111,37 +111,35 @@ def configure(app: Flask, overrides: dict) -> None:
 
 def open_for_writing(config: dict) -> None:
     """Open the audit, and make the folders that settings name; what fails ends the start."""
-    for key in ("AUDIT", "UPLOADS", "CORRECTIONS"):
+    handlers = {"": logging.NullHandler, "-": logging.StreamHandler}
+    for key in ("UPLOADS", "CORRECTIONS", "AUDIT"):
+        path = config[key]
         try:
-            if key == "AUDIT":
-                open_audit(config[key])
-            elif config[key]:
-                os.makedirs(config[key], exist_ok=True)
-                tempfile.TemporaryFile(dir=config[key]).close()
+            if key == "AUDIT":  # a file may be rotated
+                handler = handlers[path]() if path in handlers else WatchedFileHandler(path)
+            elif path:
+                os.makedirs(path, exist_ok=True)
+                tempfile.TemporaryFile(dir=path).close()
         except OSError as error:
-            why = f"which cannot be written: {error.strerror}"
-            raise click.ClickException(f"FLASK_{key} is {config[key]!r}, {why}.") from None
-
-
-def open_audit(target: str) -> None:
-    """Write what audit() is told to a file, which may be rotated, to standard error, or nowhere."""
+            sentence = f"FLASK_{key} is {path!r}, which cannot be written: {error.strerror}."
+            raise click.ClickException(sentence) from None
     for old in AUDIT.handlers:
         old.close()
-    plain = {"": logging.NullHandler, "-": logging.StreamHandler}
-    AUDIT.handlers = [plain[target]() if target in plain else WatchedFileHandler(target)]
+    AUDIT.handlers, AUDIT.propagate = [handler], False
     AUDIT.setLevel(logging.INFO)
-    AUDIT.propagate = False
 
 
-def audit(kind: str, **facts) -> None:
-    """Log one thing that was done as a line of JSON; `facts` hold no names of files or people."""
+def audit(kind: str, start: float | None = None, **facts) -> None:
+    """Log what was done since `start` as a line of JSON; `facts` name no files and no people."""
+    if start:
+        facts["seconds"] = round(time.monotonic() - start, 3)
     if request and current_app.config["AUDIT_ADDRESSES"]:
         facts["address"] = request.remote_addr
     line = json.dumps({"time": time.strftime(UTC, time.gmtime()), "kind": kind} | facts)
     try:
         AUDIT.info(line)
     except OSError:  # the file was rotated, and no new one can be made
-        logging.exception("not in the audit: %s", line)
+        LOG.exception("not in the audit: %s", line)
 
 
 # --------------------------------------------------------------------------------- scans
@@ -1721,14 +1719,13 @@ def read_kept(path: pathlib.Path, decode: Callable[[bytes], object]) -> object:
         raise Damaged(f"{path} is damaged: {error}") from error
 
 
-def decode_result(data: bytes) -> dict:
-    """The result in the bytes of a result.json; raises ValueError if it is none."""
-    return result_check()(json.loads(data))
+def read_result(folder: pathlib.Path) -> dict:
+    """The result of an upload; raises Damaged if it is no Result of openapi.json."""
+    return read_kept(folder / "result.json", lambda data: result_check()(json.loads(data)))
 
 
 @cache
 def result_check():
-    """A function that raises ValueError for what is no Result of openapi.json, else returns it."""
     import fastjsonschema
 
     components = json.loads((HERE / "static" / "openapi.json").read_text())["components"]
@@ -1738,7 +1735,7 @@ def result_check():
 def is_damaged(folder: pathlib.Path) -> bool:
     """Whether a file of a finished upload is cut off, or a reader has met damage."""
     try:
-        result, parts = read_kept(folder / "result.json", decode_result), []
+        result, parts = read_result(folder), []
     except Damaged:
         return True
     for n, scan in enumerate(result["scans"] if result["status"] == "done" else []):
@@ -1891,8 +1888,8 @@ def answer(classifier: Classifier, folder: pathlib.Path, result: dict, scans: li
         facts = {"scans": len(scans), "status": result["status"].replace("running", "failed")}
         facts["verdicts"] = Counter(entry["verdict"] for entry in result["scans"])
         facts["verdict"] = result["study"] and result["study"]["verdict"]
-        seconds = round(time.monotonic() - start, 3)
-        audit("answer", id=result["id"], **facts, model=result["model"]["sha256"], seconds=seconds)
+        facts["model"] = result["model"]["sha256"]
+        audit("answer", start, id=result["id"], **facts)
 
 
 def answer_all(classifier, folder, result, scans):
@@ -2063,7 +2060,7 @@ class Jobs:
         except FileNotFoundError:  # deleted meanwhile
             shutil.rmtree(folder, ignore_errors=True)
         except Exception:
-            logging.exception("a study failed")
+            LOG.exception("a study failed")
             error = "Something went wrong on the server; send the study again."
             try:
                 end_early(folder, result, "failed", error=error)
@@ -2181,7 +2178,7 @@ class Node:
                         if study := self.whole(folder):
                             self.answer(study)
                     except Exception:  # the disk, say
-                        logging.exception("a study waits")
+                        LOG.exception("a study waits")
                         time.sleep(HEARTBEAT)
                 for path in self.arriving.rglob("*.dcm"):
                     with contextlib.suppress(FileNotFoundError):
@@ -2251,7 +2248,7 @@ class Node:
                 except Exception as error:  # the libraries' own as well
                     wait = min(2 * wait, LONGEST_WAIT)
                     what = f"a result waits for {peer.rpartition('@')[2]}, {wait} seconds"
-                    logging.warning("%s: %s", what, error)
+                    LOG.warning("%s: %s", what, error)
                     with contextlib.suppress(OSError):
                         os.utime(folder)  # the others have their turn first
                     break
@@ -2571,8 +2568,7 @@ def handle_upload() -> dict:
             jobs.start(folder, result.copy(), scans)
         facts = {"status": status, "files": len(files), "bytes": sum(len(d) for _, d in named)}
         facts |= {"scans": len(scans), "skipped": len(skipped)}
-        facts["seconds"] = round(time.monotonic() - start, 3)
-        audit("upload", id=result["id"], **facts)
+        audit("upload", start, id=result["id"], **facts)
         if status == 202:
             return result | {"scans": []}
         with jobs.reserve(len(scans) - asked, force=True):
@@ -2633,9 +2629,9 @@ def result_folder(upload_id: str) -> pathlib.Path:
 
 def load_result(upload_id: str) -> dict:
     """A result, or 404; one that shows no sign of life any more has failed."""
-    path = result_folder(upload_id) / "result.json"
-    result = read_kept(path, decode_result)
-    if result["status"] == "running" and is_old(path, SILENCE / 3600):
+    folder = result_folder(upload_id)
+    result = read_result(folder)
+    if result["status"] == "running" and is_old(folder / "result.json", SILENCE / 3600):
         error = "The server stopped while reading this study; send it again."
         result |= {"status": "failed", "error": error}
     return addressed(result)
