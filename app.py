@@ -2050,13 +2050,12 @@ class Jobs:
         while True:
             self.finish(*self.waiting.get())
 
-    def finish(
-        self, folder: pathlib.Path, result: dict, scans: list[Scan], then: Callable = lambda: None
-    ) -> None:
+    def finish(self, folder: pathlib.Path, result: dict, scans: list[Scan], then=None) -> None:
         """Answer an upload in the background, and do what comes `then`; it may fail, not raise."""
         try:
             answer(self.classifier, folder, result, scans)
-            then()
+            if then:
+                then(folder, result)
         except FileNotFoundError:  # deleted meanwhile
             shutil.rmtree(folder, ignore_errors=True)
         except Exception:
@@ -2095,7 +2094,7 @@ MR = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")  # and Enhance
 UIDS = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID"]
 HEAD = 2**22  # bytes of an object in which its UIDs are looked for
 LEAST_FREE = 2**28  # bytes of the disk that are left to results
-OUT_OF_RESOURCES, OTHER_STUDY, UNREADABLE, UNSUPPORTED = 0xA700, 0xA900, 0xC000, 0x0122
+OUT_OF_RESOURCES, UNREADABLE, UNSUPPORTED = 0xA700, 0xC000, 0x0122
 PEER = re.compile(r"([^@]{1,16})@(.+):(\d{1,5})")
 LONGEST_WAIT = 600  # seconds between two tries to send
 CLASSIFIER, NOT_DIAGNOSTIC = "Brain MRI classifier", "not for diagnosis"
@@ -2137,7 +2136,7 @@ class Node:
             folder.mkdir(parents=True, exist_ok=True)
         threading.Thread(target=self.work, name="network", daemon=True).start()
 
-    def keep(self, path: pathlib.Path, study: str | None = None, association=None) -> tuple:
+    def keep(self, path: pathlib.Path, association=None) -> tuple:
         """Put an object that has arrived to its study; (DIMSE status, 0 if it was kept; UIDs)."""
         from pydicom import Dataset, dcmread
 
@@ -2150,8 +2149,6 @@ class Node:
             kept = folder / hashed(head.SOPInstanceUID)
             if head.SOPClassUID not in MR:
                 return UNSUPPORTED, head
-            if study not in (None, head.StudyInstanceUID):
-                return OTHER_STUDY, head
             if shutil.disk_usage(self.folder).free < LEAST_FREE:
                 return OUT_OF_RESOURCES, head
             with self.lock:
@@ -2217,7 +2214,7 @@ class Node:
             end_early(folder, result, "failed", error=error)
         else:
             app.jobs.unfinished.add(folder)
-            app.jobs.finish(folder, result, scans, lambda: self.queue(folder, result))
+            app.jobs.finish(folder, result, scans, self.queue)
         audit("study", id=upload_id, status=result["status"], files=len(files), bytes=sent)
         shutil.rmtree(study)
 
@@ -2418,8 +2415,7 @@ def go_on() -> None:
 
 
 @network.post("/dicomweb/studies")
-@network.post("/dicomweb/studies/<study>")
-def store_instances(study: str | None = None) -> Response:
+def store_instances() -> Response:
     """Take DICOM objects by STOW-RS; each study is answered once it has come whole."""
     from pydicom import Dataset
 
@@ -2438,7 +2434,7 @@ def store_instances(study: str | None = None) -> Response:
             abort(400, "The request is not the multipart/related that it says it is.")
         for part in parts.getlist("object"):
             part.close()
-            status, head = node.keep(pathlib.Path(part.stream.name), study)
+            status, head = node.keep(pathlib.Path(part.stream.name))
             item, key = Dataset(), "FailedSOPSequence" if status else "ReferencedSOPSequence"
             item.update({f"Referenced{uid}": head.get(uid, "") for uid in UIDS[:2]})
             item.update({"FailureReason": status} if status else {})
@@ -2487,7 +2483,7 @@ def listen_command(host: str, port: int, aet: str, peers: tuple) -> None:
     _config.STORE_RECV_CHUNKED_DATASET, tempfile.tempdir = True, str(node.arriving)
 
     def store(event):
-        return node.keep(event.dataset_path, association=event.assoc)[0]
+        return node.keep(event.dataset_path, event.assoc)[0]
 
     try:
         entity.start_server((host, port), False, evt_handlers=[(evt.EVT_C_STORE, store)])
