@@ -1830,8 +1830,9 @@ def sweep(uploads: pathlib.Path, hours: float) -> None:
     for folder in uploads.iterdir():
         with contextlib.suppress(OSError):  # another worker was faster, or the disk fails here
             upload_id = folder.name.removeprefix(".")
-            why = "age" if is_old(folder, hours) else is_damaged(folder) and "damage"
-            if ID.fullmatch(upload_id) and why:
+            if not ID.fullmatch(upload_id):
+                continue
+            if why := "age" if is_old(folder, hours) else is_damaged(folder) and "damage":
                 shutil.rmtree(folder)
                 audit("deletion", id=upload_id, why=why)
 
@@ -2562,9 +2563,9 @@ def handle_upload() -> dict:
         status = 202 if len(scans) > config["MAX_AT_ONCE"] else 200
         if status == 202:
             jobs.start(folder, result.copy(), scans)
-        facts = {"status": status, "files": len(files), "bytes": sum(len(d) for _, d in named)}
-        facts |= {"scans": len(scans), "skipped": len(skipped)}
-        audit("upload", start, id=result["id"], **facts)
+        facts = {"files": len(files), "scans": len(scans), "skipped": len(skipped)}
+        facts["bytes"] = sum(len(data) for _, data in named)
+        audit("upload", start, id=result["id"], status=status, **facts)
         if status == 202:
             return result | {"scans": []}
         with jobs.reserve(len(scans) - asked, force=True):
@@ -2837,8 +2838,8 @@ def show_storage_error(error: OSError) -> Response:
     if isinstance(error, Damaged):
         with contextlib.suppress(OSError):
             (current_app.uploads / asked / "damaged").touch()  # for sweep()
-        sentence = "What the server keeps of this result is damaged; send the scans again."
-        return show_error(exceptions.Gone(sentence))
+        kept = "What is kept of this result is damaged, or was written by another version"
+        return show_error(exceptions.Gone(f"{kept}; send the scans again."))
     if request.method != "POST":
         sentence = "The server's disk fails at the moment; try again later."
         return show_error(exceptions.InternalServerError(sentence))

@@ -274,7 +274,8 @@ def test_damage_on_the_disk_is_said_and_swept(tmp_path, file, change, swept, rea
                 whole = file[0] == "0" or at.endswith(("scan.png?evidence", "thumbnail.png?evidence"))
                 assert response.status_code == 410 or response.status_code == 200 and whole
                 said |= {response.get_json()["error"]} if response.status_code == 410 else set()
-    sentence = "What the server keeps of this result is damaged; send the scans again."
+    sentence = ("What is kept of this result is damaged, or was written by another version; "
+                "send the scans again.")
     assert said == ({sentence} if read_first else set())
     web.sweep(tmp_path, 24)
     assert path.exists() != (swept or read_first)
