@@ -2286,6 +2286,7 @@ def stow(url: str, path: pathlib.Path) -> None:
             raise ConnectionError(f"it answered with status {response.status}")
 
 
+@quiet()
 def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, bytes]:
     """What a PACS can file of a result whose identifiers were kept, as files by name.
 
@@ -2307,7 +2308,7 @@ def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, b
             if entries[places[0]]["study"] == study:
                 answers += [(one, [n for n in of if n in sources]) for one, of in each]
         shown = sorted({n for _, of in answers for n in of if entries[n]["heatmap"]})
-        for number, n in enumerate([None, *shown]):
+        for number, n in reversed([*enumerate([None, *shown])]):  # the report last, since it
             title = "Heatmaps" if number else "Report"
             uids = [generate_uid(entropy_srcs=[*seed, title, str(n)]) for n in ("series", number)]
             place = dict(zip(("series_instance_uid", "sop_instance_uid"), uids))
@@ -2321,7 +2322,7 @@ def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, b
             else:
                 dataset = report_of(answers, sources, card, place)
             known = next(iter(sources.values())).known
-            dataset.update({key: known[key] for key in IDENTIFIERS})
+            dataset.update({key: known[key] for key in IDENTIFIERS})  # shares its sources' elements
             dataset.save_as(file := io.BytesIO(), enforce_file_format=True)
             objects[f"heatmap_{n}.dcm" if number else f"report_{study}.dcm"] = file.getvalue()
     return objects
@@ -2358,8 +2359,8 @@ def report_of(answers: list[tuple], sources: dict, card: dict, place: dict):
         if "highest" in answer:
             rule = rule | (card.get("study") or {})
         else:
-            name += f", slice {answer['slice'] + 1}"
-            name += f": {answer['reason']}" if answer["reason"] else ""
+            reason = f": {answer['reason']}" if answer["reason"] else ""
+            name += f", slice {answer['slice'] + 1}{reason}"
         values = answer["tumor_probability"], rule["low"], rule["high"]
         found = presence.get(answer["verdict"], codes.SCT.Undetermined)
         said = [(sr.CodedConcept("705057003", "SCT", "Presence"), found)]
