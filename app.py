@@ -71,7 +71,7 @@ DEFAULTS = {
     "MAX_WAITING": 16,  # scans being answered within requests; once it is reached: 503
     "RETENTION_HOURS": 24.0,
     "KEEP_NAMES": 1,  # 0: results call the files "scan 1.jpg", "scan 2.jpg", …
-    "THREADS": os.cpu_count() or 1,
+    "THREADS": min(os.cpu_count() or 1, 512),
     "TRUSTED_PROXIES": 0,  # whose X-Forwarded-For, -Proto, -Host and -Prefix are believed
     "PASSWORD": "",  # which everybody is asked for, if there is one
     "CORS_ORIGINS": "",  # separated by commas
@@ -117,7 +117,7 @@ def open_for_writing(config: dict) -> None:
         try:
             if key == "AUDIT":  # a file may be rotated
                 handler = handlers[path]() if path in handlers else WatchedFileHandler(path)
-            elif path:
+            elif path or key == "UPLOADS":
                 os.makedirs(path, exist_ok=True)
                 tempfile.TemporaryFile(dir=path).close()
         except OSError as error:
@@ -1654,6 +1654,10 @@ class Damaged(OSError):
     """A file of a result does not hold what was written."""
 
 
+class Foreign(Damaged):
+    """A result can be read, but another version has written it, or damage that left it JSON."""
+
+
 def new_result(model: dict, scans: list[Scan], skipped: list[Skipped]) -> dict:
     """The result of an upload, as result.json holds it, before anything of it is answered."""
     studies = len({scan.study for scan in scans} - {None})
@@ -1698,16 +1702,18 @@ def scan_entry(upload_id: str, n: int, scan: Scan, finding: Finding) -> dict:
 
 
 def keep_scan(folder: pathlib.Path, scan: Scan, finding: Finding) -> None:
-    """Write scan.png, heat.f32 if there is a heat, and identifiers.json if they were read."""
-    folder.mkdir()
+    """Keep scan.png, heat.f32 and identifiers.json, if there are such, in one move."""
+    partial = folder.with_name(f".{folder.name}")
+    partial.mkdir()
     picture = Image.fromarray(scan.pixels)
     picture.putpalette(GREYS)
     data = png_of(picture, compress_level=0)  # half the size would take seven times as long
-    (folder / "scan.png").write_bytes(data)
+    (partial / "scan.png").write_bytes(data)
     if finding.heat is not None:
-        (folder / "heat.f32").write_bytes(finding.heat.tobytes())  # float32 (14, 14)
+        (partial / "heat.f32").write_bytes(finding.heat.tobytes())  # float32 (14, 14)
     if scan.identifiers:
-        (folder / "identifiers.json").write_text(json.dumps(scan.identifiers))
+        (partial / "identifiers.json").write_text(json.dumps(scan.identifiers))
+    partial.rename(folder)
 
 
 def read_kept(path: pathlib.Path, decode: Callable[[bytes], object]) -> object:
@@ -1715,17 +1721,26 @@ def read_kept(path: pathlib.Path, decode: Callable[[bytes], object]) -> object:
     data = path.read_bytes()
     try:
         return decode(data)
+    except (ImportError, MemoryError):  # the file is not to blame
+        raise
     except Exception as error:  # whatever a library raises
         raise Damaged(f"{path} is damaged: {error}") from error
 
 
 def read_result(folder: pathlib.Path) -> dict:
-    """The result of an upload; raises Damaged if it is no Result of openapi.json."""
-    return read_kept(folder / "result.json", lambda data: result_check()(json.loads(data)))
+    """The result of an upload; raises Damaged, or Foreign if it is no Result of openapi.json."""
+    import fastjsonschema
+
+    result = read_kept(folder / "result.json", json.loads)
+    try:
+        return result_check()(result)
+    except fastjsonschema.JsonSchemaException as error:
+        raise Foreign(f"{folder} holds no result of this version: {error}") from None
 
 
 @cache
-def result_check():
+def result_check() -> Callable:
+    """The schema of a result as a function."""
     import fastjsonschema
 
     components = json.loads((HERE / "static" / "openapi.json").read_text())["components"]
@@ -1736,8 +1751,8 @@ def is_damaged(folder: pathlib.Path) -> bool:
     """Whether a file of a finished upload is cut off, or a reader has met damage."""
     try:
         result, parts = read_result(folder), []
-    except Damaged:
-        return True
+    except Damaged as error:
+        return not isinstance(error, Foreign)
     for n, scan in enumerate(result["scans"] if result["status"] == "done" else []):
         parts.append((n, "scan.png", math.prod(scan["kept"])))  # a pixel takes a byte or more
         parts += [(n, "heat.f32", 784)] if scan["heatmap"] else []
@@ -2563,19 +2578,19 @@ def handle_upload() -> dict:
         folder = current_app.uploads / result["id"]
         status = 202 if len(scans) > config["MAX_AT_ONCE"] else 200
         if status == 202:
-            jobs.start(folder, result.copy(), scans)
-        facts = {"files": len(files), "scans": len(scans), "skipped": len(skipped)}
-        facts["bytes"] = sum(len(data) for _, data in named)
-        audit("upload", start, id=result["id"], status=status, **facts)
-        if status == 202:
-            return result | {"scans": []}
-        with jobs.reserve(len(scans) - asked, force=True):
-            try:
-                folder.mkdir(parents=True)  # the folder of uploads may have vanished
-                return answer(current_app.classifier, folder, result, scans)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
+            jobs.start(folder, result | {"scans": []}, scans)
+        else:
+            with jobs.reserve(len(scans) - asked, force=True):
+                try:
+                    folder.mkdir(parents=True)  # the folder of uploads may have vanished
+                    answer(current_app.classifier, folder, result, scans)
+                except BaseException:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise
+    facts = {"files": len(files), "scans": len(scans), "skipped": len(skipped)}
+    facts["bytes"] = sum(len(data) for _, data in named)
+    audit("upload", start, id=result["id"], status=status, **facts)
+    return result
 
 
 def addressed(result: dict) -> dict:
@@ -2838,7 +2853,8 @@ def show_storage_error(error: OSError) -> Response:
     current_app.logger.error("a result could not be kept or read: %s", error)
     if isinstance(error, Damaged):
         with contextlib.suppress(OSError):
-            (current_app.uploads / asked / "damaged").touch()  # for sweep()
+            if not isinstance(error, Foreign):
+                (current_app.uploads / asked / "damaged").touch()  # for sweep()
         kept = "What is kept of this result is damaged, or was written by another version"
         return show_error(exceptions.Gone(f"{kept}; send the scans again."))
     if request.method != "POST":

@@ -489,6 +489,15 @@ def test_an_upload_that_was_killed_midway_is_never_served(app, client, send, mon
     assert not half.exists()
 
 
+def test_a_scan_is_there_only_once_it_is_whole(app, send, monkeypatch):
+    """Who asks for a picture that is being kept meets no half of it, which would be damage."""
+    seen, write = [], web.pathlib.Path.write_bytes
+    look = lambda path, data: seen.append(path.parent.name) or write(path, data)  # noqa: E731
+    monkeypatch.setattr("app.pathlib.Path.write_bytes", look)
+    send(SCAN)
+    assert seen == [".0", ".0"] and len([*app.uploads.glob("*/0/*")]) == 2
+
+
 # Many at once
 
 

@@ -28,7 +28,7 @@ def lines_of(text, ids):
 
 
 @pytest.mark.parametrize("settings, address", [({}, None), ({"AUDIT_ADDRESSES": 1}, "127.0.0.1")])
-def test_the_audit_has_a_line_for_each_thing_done(tmp_path, settings, address):
+def test_the_audit_has_a_line_for_each_thing_done(tmp_path, monkeypatch, settings, address):
     """Also across a rotation; without names, and without addresses unless they are asked for."""
     log, kept = tmp_path / "audit.jsonl", {"CORRECTIONS": str(tmp_path / "corrections")}
     app = make_app(tmp_path / "uploads", AUDIT=str(log), MAX_AT_ONCE=2, **kept, **settings)
@@ -40,16 +40,22 @@ def test_the_audit_has_a_line_for_each_thing_done(tmp_path, settings, address):
     client.post(f"{url}/0/label", data={"label": "glioma"})
     client.post(f"{url}/delete")
     web.sweep(app.uploads, 0)
+    monkeypatch.setattr("app.keep_scan", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    assert post(app, SCAN).status_code == 503  # and nothing says 200 of it
     ours = (url[9:], study["id"], None)  # apps of other tests may still be at work
-    lines = until(lambda: len(found := lines_of(first + log.read_text(), ours)) == 8 and found)
+    lines = until(lambda: len(found := lines_of(first + log.read_text(), ours)) == 9 and found)
     assert "doe" not in first + log.read_text()
     kinds = [line["kind"] for line in lines]
     assert sorted(kinds[2:4]) == ["answer", "upload"]  # of the study; either may be first
-    assert kinds[:2] + kinds[4:] == ["upload", "answer", "upload", "correction", *["deletion"] * 2]
+    deleted = ["correction", "deletion", "deletion"]
+    assert kinds[:2] + kinds[4:] == ["answer", "upload", "upload", *deleted, "upload"]
     ids = [line["id"] for line in lines]
-    assert ids == [url[9:]] * 2 + [study["id"]] * 2 + [None] + [url[9:]] * 2 + [study["id"]]
-    assert [line.get("address") for line in lines if line["kind"] == "upload"] == [address] * 3
-    upload, answer = lines[:2]
+    assert ids == [url[9:]] * 2 + [study["id"]] * 2 + [None] + [url[9:]] * 2 + [study["id"], None]
+    uploads = [line for line in map(json.loads, (first + log.read_text()).splitlines())
+               if line["kind"] == "upload"]
+    assert [line["status"] for line in uploads] == [200, 202, 415, 503]
+    assert [line.get("address") for line in uploads] == [address] * 4
+    answer, upload = lines[:2]
     assert (upload["files"], upload["scans"], upload["skipped"], upload["status"]) == (2, 1, 1, 200)
     assert sum(answer["verdicts"].values()) == 1 and answer["status"] == "done"
     assert answer["model"] == app.classifier.sha256 and 0 < answer["seconds"] < 10
@@ -142,7 +148,7 @@ UNWRITABLE = "/proc/nowhere", "which cannot be written: No such file or director
         "CONTENT_LENGTH", "SCANS", "PIXELS", "UNPACKED", "AT_ONCE", "STUDIES", "WAITING")),
     ("KEEP_NAMES", "2", f"{NUMBER} 0 to 1, such as 1."),
     ("UPLOADS", *UNWRITABLE), ("CORRECTIONS", *UNWRITABLE), ("AUDIT", *UNWRITABLE),
-    ("UPLOADS", __file__, "which cannot be written: File exists."),
+    ("UPLOADS", __file__, "which cannot be written: File exists."), ("UPLOADS", "", UNWRITABLE[1]),
 ])
 def test_a_setting_that_cannot_be_ends_the_start_with_a_sentence(
     tmp_path, monkeypatch, key, value, sentence
@@ -247,20 +253,21 @@ def half(data):
 
 
 @pytest.mark.parametrize("read_first", [False, True])
-@pytest.mark.parametrize("file, change, swept", [
-    *(("result.json", change, True) for change in (
-        half, lambda _: b"", lambda _: b"[]", lambda _: b"{}", lambda _: b"null", lambda _: b"\0" * 99,
+@pytest.mark.parametrize("file, change, removed", [
+    *(("result.json", change, "at once") for change in (half, lambda _: b"", lambda _: b"\0" * 99)),
+    *(("result.json", change, "with age") for change in (
+        lambda _: b"[]", lambda _: b"{}", lambda _: b"null",
         changed(scans=[{}]), changed(scans=[1]), changed(studies={}), changed(tumor_probability="x"),
         changed(crop=[1, 2]), changed(probabilities=[]), changed(warnings=None), changed(checks=[3]),
         changed(kept="512"), changed(model={}), changed(status="lost"), changed(skipped=[None]))),
-    *(("0/scan.png", change, True) for change in (half, lambda _: b"")),
-    ("0/scan.png", lambda data: data[:-200], False),
-    ("0/scan.png", lambda data: data[:100] + bytes(99) + data[199:], False),
-    *(("0/heat.f32", change, True) for change in (half, lambda _: b"")),
-    *(("0/identifiers.json", change, False) for change in (half, lambda _: b"[1]", lambda _: b"")),
+    *(("0/scan.png", change, "at once") for change in (half, lambda _: b"")),
+    ("0/scan.png", lambda data: data[:-200], "once read"),
+    ("0/scan.png", lambda data: data[:100] + bytes(99) + data[199:], "once read"),
+    *(("0/heat.f32", change, "at once") for change in (half, lambda _: b"")),
+    *(("0/identifiers.json", change, "once read") for change in (half, lambda _: b"[1]", lambda _: b"")),
 ])
-def test_damage_on_the_disk_is_said_and_swept(tmp_path, file, change, swept, read_first):
-    """Each address answers as ever or 410, with one sentence; what is `swept` needs no reader."""
+def test_damage_on_the_disk_is_said_and_swept(tmp_path, file, change, removed, read_first):
+    """Each address answers as ever or 410, with one sentence; another version's result stays."""
     app = make_app(tmp_path, CORRECTIONS="")
     client = app.test_client()
     sent = post(app, (dicom(deep(1)), "a.dcm"), (SCAN, "b.jpg"), identifiers="keep").get_json()
@@ -278,15 +285,20 @@ def test_damage_on_the_disk_is_said_and_swept(tmp_path, file, change, swept, rea
                 "send the scans again.")
     assert said == ({sentence} if read_first else set())
     web.sweep(tmp_path, 24)
-    assert path.exists() != (swept or read_first)
-    assert client.get(url).status_code == (200 if path.exists() else 404)
+    assert path.exists() == (removed == "with age" or removed == "once read" and not read_first)
+    served = 410 if removed == "with age" else 200
+    assert client.get(url).status_code == (served if path.exists() else 404)
 
 
-def test_a_disk_that_fails_is_never_taken_for_a_full_one(app, client):
-    """What cannot be read is neither damaged nor removed."""
+def test_a_disk_that_fails_is_never_taken_for_a_full_one(app, client, monkeypatch):
+    """What cannot be read is neither damaged nor removed, nor what the memory is too small for."""
     app.testing = False
     result = post(app, SCAN).get_json()
     path = app.uploads / result["id"] / "0" / "scan.png"
+    with monkeypatch.context() as patch:
+        patch.setattr("app.Image.open", lambda _: (_ for _ in ()).throw(MemoryError))
+        assert client.get(result["scans"][0]["scan"]).status_code == 500
+    assert not web.is_damaged(app.uploads / result["id"])
     path.unlink()
     path.mkdir()
     response = client.get(result["scans"][0]["scan"], headers={"Accept": "application/json"})
