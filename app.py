@@ -1,8 +1,8 @@
 """Reads a brain MRI and says whether it shows a tumor, of which kind, and where it looked.
 
 `flask run` serves a form for people and `POST /upload` for programs. The file reads in the order
-in which data flows: settings, reading, classifier, store, jobs, network, pages, commands, and the
-app that joins them. Not a medical device.
+in which data flows: settings, reading, classifier, store, jobs, network, pages, errors, commands,
+and the app that joins them. Not a medical device.
 """
 
 import base64
@@ -43,6 +43,7 @@ from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
 import click
+import fastjsonschema
 import numpy as np
 from flask import Blueprint, Flask, Response, abort, current_app, redirect, render_template, request
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
@@ -82,11 +83,9 @@ DEFAULTS = {
     "AUDIT": "-",  # a file for a line of each thing done, "-" for standard error, "" for none
     "AUDIT_ADDRESSES": 0,  # 1: with the addresses they were done from
 }
-
-
-RANGES = dict.fromkeys(("KEEP_NAMES", "AUDIT_ADDRESSES"), (0, 1))  # of numbers; else from 1 on
-RANGES |= {"TRUSTED_PROXIES": (0, 9), "THREADS": (1, 512), "RETENTION_HOURS": (0.0001, 1e9)}
-RANGES |= {"STUDY_PAUSE": (0.1, 3600)}
+# From least to most; other numbers are from 1 on.
+RANGES = {"KEEP_NAMES": (0, 1), "AUDIT_ADDRESSES": (0, 1), "TRUSTED_PROXIES": (0, 9)}
+RANGES |= {"THREADS": (1, 512), "RETENTION_HOURS": (0.0001, 1e9), "STUDY_PAUSE": (0.1, 3600)}
 
 
 def configure(app: Flask, overrides: dict) -> None:
@@ -95,18 +94,16 @@ def configure(app: Flask, overrides: dict) -> None:
     app.config.from_prefixed_env()
     app.config.from_mapping(overrides)
     for key, default in DEFAULTS.items():
-        value, (least, most) = app.config[key], RANGES.get(key, (1, 10**12))
         if isinstance(default, str):  # as it was written, though it may look like a number
             app.config[key] = str(overrides.get(key, os.environ.get(f"FLASK_{key}", default)))
             continue
-        try:
+        value, (least, most) = app.config[key], RANGES.get(key, (1, 10**12))
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             app.config[key] = type(default)(value)
-            fits = least <= app.config[key] == float(value) <= most
-        except (TypeError, ValueError, OverflowError):
-            fits = False
-        if not fits:
-            wanted = f"a number from {least} to {most:,.0f}, such as {default!r}"
-            raise click.ClickException(f"FLASK_{key} is {value!r}, but it has to be {wanted}.")
+            if least <= app.config[key] == float(value) <= most:
+                continue
+        wanted = f"a number from {least} to {most:,.0f}, such as {default!r}"
+        raise click.ClickException(f"FLASK_{key} is {value!r}, but it has to be {wanted}.")
 
 
 def open_for_writing(config: dict) -> None:
@@ -1648,6 +1645,7 @@ FAST_PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # smaller than le
 GREYS = bytes(np.arange(256, dtype=np.uint8).repeat(3))  # a palette: Pillow tries no filters on it
 HEAT_COLOURS = {"black": (0, 0, 4), "mid": (188, 55, 84), "white": (252, 255, 164)}  # of `inferno`
 GONE = "This result does not exist or has been removed."
+OPENAPI = HERE / "static" / "openapi.json"
 
 
 class Damaged(OSError):
@@ -1655,7 +1653,7 @@ class Damaged(OSError):
 
 
 class Foreign(Damaged):
-    """A result can be read, but another version has written it, or damage that left it JSON."""
+    """What is read is no Result: of another version, or damaged in a way that left it JSON."""
 
 
 def new_result(model: dict, scans: list[Scan], skipped: list[Skipped]) -> dict:
@@ -1729,35 +1727,31 @@ def read_kept(path: pathlib.Path, decode: Callable[[bytes], object]) -> object:
 
 def read_result(folder: pathlib.Path) -> dict:
     """The result of an upload; raises Damaged, or Foreign if it is no Result of openapi.json."""
-    import fastjsonschema
-
     result = read_kept(folder / "result.json", json.loads)
     try:
-        return result_check()(result)
+        return check_result()(result)
     except fastjsonschema.JsonSchemaException as error:
         raise Foreign(f"{folder} holds no result of this version: {error}") from None
 
 
 @cache
-def result_check() -> Callable:
+def check_result() -> Callable:
     """The schema of a result as a function."""
-    import fastjsonschema
-
-    components = json.loads((HERE / "static" / "openapi.json").read_text())["components"]
+    components = json.loads(OPENAPI.read_text())["components"]
     return fastjsonschema.compile({"$ref": "#/components/schemas/Result", "components": components})
 
 
 def is_damaged(folder: pathlib.Path) -> bool:
     """Whether a file of a finished upload is cut off, or a reader has met damage."""
     try:
-        result, parts = read_result(folder), []
+        result = read_result(folder)
     except Damaged as error:
         return not isinstance(error, Foreign)
-    for n, scan in enumerate(result["scans"] if result["status"] == "done" else []):
-        parts.append((n, "scan.png", math.prod(scan["kept"])))  # a pixel takes a byte or more
-        parts += [(n, "heat.f32", 784)] if scan["heatmap"] else []
-    sizes = (((folder / str(n) / name).stat().st_size, least) for n, name, least in parts)
-    return (folder / "damaged").exists() or any(size < least for size, least in sizes)
+    scans = list(enumerate(result["scans"] if result["status"] == "done" else []))
+    least = {f"{n}/scan.png": math.prod(scan["kept"]) for n, scan in scans}  # a byte a pixel
+    least |= {f"{n}/heat.f32": 784 for n, scan in scans if scan["heatmap"]}
+    cut_off = ((folder / name).stat().st_size < size for name, size in least.items())
+    return (folder / "damaged").exists() or any(cut_off)
 
 
 def kept_picture(folder: pathlib.Path) -> Image.Image:
@@ -1772,18 +1766,13 @@ def png_of(picture: Image.Image, **options) -> bytes:
     return file.getvalue()
 
 
-def heatmap_of(folder: pathlib.Path, box: tuple[int, int, int, int]) -> Image.Image:
-    """The scan that keep_scan() kept, whose head lies in `box`, with the heat over it."""
-    picture = kept_picture(folder)
-    heat = heat_of(folder, picture, box)
-    return Image.alpha_composite(picture.convert("RGBA"), heat).convert("RGB")
-
-
 def drawn_heatmap(folder: pathlib.Path, scan: dict, evidence: bool = False) -> Image.Image:
     """The heatmap of a scan; without heat if it shows no tumor, unless `evidence` is asked for."""
+    picture = kept_picture(folder)
     if scan["verdict"] == NO_TUMOR and not evidence:
-        return kept_picture(folder).convert("RGB")
-    return heatmap_of(folder, scan["crop"])
+        return picture.convert("RGB")
+    heat = heat_of(folder, picture, scan["crop"])
+    return Image.alpha_composite(picture.convert("RGBA"), heat).convert("RGB")
 
 
 def heat_of(folder: pathlib.Path, picture: Image.Image, box: tuple) -> Image.Image:
@@ -1895,11 +1884,11 @@ HEARTBEAT = 5.0  # seconds between two signs of life of an unfinished upload
 SILENCE = 30.0  # seconds without one, after which its server must have stopped
 
 
-def answer(classifier: Classifier, folder: pathlib.Path, result: dict, scans: list[Scan]) -> dict:
+def answer(classifier: Classifier, folder: pathlib.Path, result: dict, scans: list[Scan]) -> None:
     """Classify an upload into its folder and result, within its request or in the background."""
     start = time.monotonic()
     try:
-        return answer_all(classifier, folder, result, scans)
+        answer_all(classifier, folder, result, scans)
     finally:
         facts = {"scans": len(scans), "status": result["status"].replace("running", "failed")}
         facts["verdicts"] = Counter(entry["verdict"] for entry in result["scans"])
@@ -1928,23 +1917,22 @@ def answer_all(classifier, folder, result, scans):
                 write_result(folder, result)
                 written = time.monotonic()
     if (folder / "cancel").exists():
-        return end_early(folder, result, "cancelled")
+        end_early(folder, result, "cancelled")
+        return
     result |= {"status": "done", "progress": 1.0} | study_answers(result["scans"], classifier.card)
     for found in result["studies"]:
         found["label"] = likely_label([result["scans"][n] for n in found["highest"]], found)
     write_result(folder, result)
-    return result
 
 
-def end_early(folder: pathlib.Path, result: dict, status: str, **more) -> dict:
-    """Keep of an upload only that it was cancelled or failed; returns its result."""
+def end_early(folder: pathlib.Path, result: dict, status: str, **more) -> None:
+    """Keep of an upload only that it was cancelled or failed."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
     result |= {"status": status, "scans": [], **more}
     write_result(folder, result)
     (folder / "cancel").unlink(missing_ok=True)
-    return result
 
 
 def study_answers(entries: list[dict], card: dict) -> dict:
@@ -2511,26 +2499,15 @@ def listen_command(host: str, port: int, aet: str, peers: tuple) -> None:
     threading.Event().wait()
 
 
-# ------------------------------------------------------------------------- pages and API
+# --------------------------------------------------------------------------------- pages
 
 pages = Blueprint("pages", __name__, cli_group=None)
 ROWS = 50  # of the table on one page
 ENDING = re.compile(r"(\.nii)?\.(jpe?g|png|webp|bmp|tiff?|dcm|ima|nii|gz|zip)$|$", re.I)
-HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
-    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "same-origin",  # "none" would hide the origin of our own forms
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
 
 
 class TolerantDecoder(formparser.MultipartDecoder):
-    """Reads file names that are not UTF-8 as well; Werkzeug's own drops the upload for them.
-
-    And the parts of a multipart/related request, which have no name.
-    """
+    """Reads file names that are not UTF-8 as well, and parts of multipart/related without one."""
 
     def _parse_headers(self, data):
         headers = super()._parse_headers(bytes(data).decode(errors="replace").encode())
@@ -2640,6 +2617,7 @@ def result_folder(upload_id: str) -> pathlib.Path:
     return folder
 
 
+@pages.get("/results/<upload_id>.json", endpoint="result_json")
 def load_result(upload_id: str) -> dict:
     """A result, or 404; one that shows no sign of life any more has failed."""
     folder = result_folder(upload_id)
@@ -2692,12 +2670,6 @@ def screening_example(card: dict, study: bool = False) -> dict | None:
     return {"people": 1000, "ill": 10, "missed": 10 * missed, "alarmed": 990 * alarmed}
 
 
-@pages.get("/results/<upload_id>.json")
-def result_json(upload_id: str) -> dict:
-    """The answer for programs."""
-    return load_result(upload_id)
-
-
 @pages.get("/results/<upload_id>.csv")
 def result_csv(upload_id: str) -> Response:
     """The answer as a table, one row per scan, then one per file or slice that was skipped."""
@@ -2716,7 +2688,7 @@ def result_zip(upload_id: str) -> Response:
         archive.writestr("result.csv", csv_of(result))
         for n, entry in enumerate(result["scans"]):
             if entry["verdict"] in ("tumor", "uncertain"):
-                heatmap = heatmap_of(folder / str(n), entry["crop"])
+                heatmap = drawn_heatmap(folder / str(n), entry)
                 archive.writestr(f"heatmap_{n}.png", png_of(heatmap))
         for name, data in dicom_objects(folder, result, current_app.classifier.card).items():
             archive.writestr(f"dicom/{name}", data)
@@ -2781,12 +2753,11 @@ def delete(upload_id: str) -> Response:
 @pages.get("/model")
 def model_page() -> str:
     """What the model was trained on and how well it did."""
-    card = current_app.classifier.card
-    shown = {"groups": figure_groups(card["figures"])}
-    corrections = current_app.config["CORRECTIONS"]
-    kept = read_corrections(pathlib.Path(corrections)) if corrections else []
-    shown["corrections"] = Counter(row["label"] for row in kept)
-    return render_template("model.html", card=card, model=current_app.classifier.summary, **shown)
+    folder, classifier = current_app.config["CORRECTIONS"], current_app.classifier
+    kept = read_corrections(pathlib.Path(folder)) if folder else []
+    known = {"groups": figure_groups(classifier.card["figures"]), "model": classifier.summary}
+    known |= {"card": classifier.card, "corrections": Counter(row["label"] for row in kept)}
+    return render_template("model.html", **known)
 
 
 def figure_groups(figures: dict) -> list[tuple[str, dict, dict, list]]:
@@ -2822,8 +2793,19 @@ def healthz() -> dict:
 @pages.get("/openapi.json")
 def openapi() -> dict:
     """What every address takes and answers, for programs."""
-    description = json.loads((HERE / "static" / "openapi.json").read_text())
-    return description | {"servers": [{"url": request.root_path or "/"}]}
+    return json.loads(OPENAPI.read_text()) | {"servers": [{"url": request.root_path or "/"}]}
+
+
+# -------------------------------------------------------------------- errors and headers
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",  # "none" would hide the origin of our own forms
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 
 
 @pages.app_errorhandler(exceptions.HTTPException)
@@ -2834,9 +2816,8 @@ def show_error(error: exceptions.HTTPException) -> Response:
     response, fault = error.get_response(), "Something went wrong on the server; the log has it."
     sentence = fault if getattr(error, "original_exception", None) else error.description
     kind = request.accept_mimetypes.best_match(("text/html", "application/json"))
-    for_programs = request.path in ("/upload", "/healthz") or request.path.endswith(".json")
-    for_programs |= request.path.startswith("/dicomweb/")
-    if for_programs or kind == "application/json":
+    for_programs = request.path.endswith((".json", "/upload", "/healthz"))
+    if for_programs or request.path.startswith("/dicomweb/") or kind == "application/json":
         response.data, response.mimetype = json.dumps({"error": sentence}), "application/json"
     else:
         template = "index.html" if request.path == "/" else "error.html"
@@ -2882,10 +2863,10 @@ def add_headers(response: Response) -> Response:
 @pages.before_app_request
 def ask_for_password() -> None:
     """401 without the password of this server, where it has one; any user name will do."""
-    password, given = current_app.config["PASSWORD"], request.authorization
+    password = current_app.config["PASSWORD"]
     if not password or request.path == "/healthz" or request.method == "OPTIONS":
         return  # browsers send no password ahead of a request of another origin
-    sent = (given and given.password) or ""
+    sent = getattr(request.authorization, "password", None) or ""
     if not hmac.compare_digest(sent.encode(), password.encode(errors="surrogateescape")):
         challenge = WWWAuthenticate("basic", {"realm": "Brain MRI", "charset": "UTF-8"})
         sentence = "This server asks for its password, by HTTP Basic with any user name."
@@ -2985,10 +2966,7 @@ def answer_files(paths: list[pathlib.Path], model: str, limits: Limits) -> list[
 
 
 def cluster(scheduler: str | None, workers: int | None = None) -> contextlib.AbstractContextManager:
-    """A Dask client of a scheduler, or of a cluster of its own, by default one process per core.
-
-    Two threads of each: one reads a file while the network sees the other's.
-    """
+    """A Dask client of a scheduler, or of a cluster of its own, by default one process per core."""
     try:
         import dask
         from distributed import Client
@@ -3000,7 +2978,8 @@ def cluster(scheduler: str | None, workers: int | None = None) -> contextlib.Abs
     profiler = {"distributed.worker.profile.enabled": False}  # looks a hundred times a second
     patience = {"distributed.deploy.lost-worker-timeout": "1h"}  # a killed worker starts again
     dask.config.set(profiler | patience)
-    processes = {"n_workers": workers or os.cpu_count(), "threads_per_worker": 2}
+    processes = {"n_workers": workers or os.cpu_count()}
+    processes["threads_per_worker"] = 2  # one reads a file while the network sees the other's
     any_port = {"dashboard_address": "127.0.0.1:0"}  # another cluster may have Dask's own
     calm = {"dashboard_address": None, "silence_logs": logging.ERROR}
     return Client(**processes, **calm, scheduler_kwargs=any_port)
@@ -3110,8 +3089,7 @@ def create_app(overrides: dict | None = None) -> Flask:
     sweep(app.uploads, hours)
     app.classifier = Classifier(config["MODEL"], config["THREADS"])
     app.jobs = Jobs(app.classifier, config["MAX_WAITING"], config["MAX_STUDIES"])
-    house = app.jobs, app.uploads, hours
-    threading.Thread(target=keep_house, args=house, name="house", daemon=True).start()
+    threading.Thread(target=keep_house, args=(app.jobs, app.uploads, hours), daemon=True).start()
     app.stow = cache(lambda: Node(app, "stow", [config["DICOMWEB"]]))
     app.register_blueprint(network)
     app.register_blueprint(pages)

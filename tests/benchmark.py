@@ -44,18 +44,18 @@ def parts_of_an_upload(data, folder):
     (scan, *_) = web.read_scans(data, "scan")
     prepared, classifier.gate = web.prepare(scan.pixels)[None], None
     (finding,) = classifier.classify([scan])
-    result = {"scans": [web.scan_entry("", 0, scan, finding)]}
+    entry = web.scan_entry("", 0, scan, finding)
 
     def store():
         web.keep_scan(folder / next(folders), scan, finding)
-        web.write_result(folder, result)
+        web.write_result(folder, {"scans": [entry]})
     store()
     return {
         "  read and check": lambda: web.read_scans(data, "scan")[0].checks,
         "  prepare": lambda: web.prepare(scan.pixels, scan.box),
         "  network and verdict": lambda: classifier.classify([scan]),
         "  store": store,
-        "heatmap, when asked for": lambda: web.png_of(web.heatmap_of(folder / "0", scan.box)),
+        "heatmap, when asked for": lambda: web.png_of(web.drawn_heatmap(folder / "0", entry, True)),
         "bare interpreter": lambda: classifier.infer(prepared),
     }
 
