@@ -511,8 +511,9 @@ def read_tiff(data, name, reading):
         pages = list(islice(file.pages, reading.left["scans"] + 2))
         more = " or more" * (len(pages) > reading.left["scans"] + 1)
         reading.take("scans", len(pages), name, f"pages{more}")
-        said = re.match(r"ImageJ=.*?\nimages=(\d+)", pages[0].description, re.DOTALL)
-        if said and int(said[1]) > len(pages):
+        images = (file.imagej_metadata or {}).get("images", 1)
+        behind = len(data) - pages[0].dataoffsets[0]  # where old versions put those without pages
+        if images > len(pages) and images * pages[0].nbytes <= behind:
             raise UnreadableScan(MORE_HELD.format(name))
         inner = [p for page in pages for p in islice(page.pages or (), 8)]
         whole = ([p for p in found if not p.subfiletype & 5 and p.tags.valueof(255) != 2]
@@ -633,9 +634,16 @@ def stretched(values):
         few = len(others) // 1000
         black, white = others[[few, -1 - few]] if len(others) else (level, level)
         if black < white and max(black - level, level - white) > 2 * (white - black):
-            sample, values = sample[sample != level], np.where(values == level, np.nan, values)
+            sample = sample[sample != level]
+            if (coarse == level).mean() > 0.05:  # else it is text, say, and is not made black
+                values = np.where(values == level, np.nan, values)
     black, white = np.percentile(sample, (0.1, 99.9))
     return Grey(to_uint8(values, black, white), (float(black), float(white)))
+
+
+def roughness(values):
+    """How far values (H, W) lie from those below them, on average."""
+    return np.abs(np.diff(values.astype(np.float32), axis=0)).mean()
 
 
 def to_uint8(values, black, white):
@@ -806,6 +814,7 @@ class Header:
         from pydicom import dcmread
 
         self.dataset, self.always_odd = dcmread(CountedReads(data), force=True), set()
+        self.person = [self.text(key).upper().rstrip("^ ") for key in PERSON]  # as some write them
         self.of_frame(0)
 
     def of_frame(self, n):
@@ -901,7 +910,7 @@ class Header:
         dataset.setdefault("SamplesPerPixel", 3 if kind.startswith(("RGB", "YBR")) else 1)
         for key, least in COUNTS.items():
             setattr(dataset, key, max(least, int(self.number(key, least))))
-        if kind and not kind.startswith(("RGB", "YBR", "MONOCHROME", "PALETTE COLOR")):
+        if not re.fullmatch("|RGB|YBR.*|MONOCHROME[12]|PALETTE COLOR", kind):
             kind = self.ignore("PhotometricInterpretation")
         default = ("MONOCHROME2", "RGB")[dataset.SamplesPerPixel > 1]
         dataset.PhotometricInterpretation = kind or default
@@ -926,12 +935,11 @@ def dicom_scan(frame, header, name, n, **more):
     place = float(normal @ corner) if plane and corner else header.number("SliceLocation")
     if place is None:  # without an orientation the corners of a stack still tell its order
         place = sum(corner) if corner else header.number("InStackPositionNumber")
-    person = [header.text(key).upper().rstrip("^ ") for key in PERSON]  # as some programs write
     unnamed = header.text("SeriesNumber"), plane, frame.shape  # tells series without UID apart
-    parts = [person], [person, header.text("SeriesInstanceUID") or unnamed]
+    parts = [header.person], [header.person, header.text("SeriesInstanceUID") or unnamed]
     study, series = (hashlib.sha256(repr(part).encode()).hexdigest() for part in parts)
     numbers = header.number("InstanceNumber", 0), header.number("InConcatenationNumber", 0)
-    keys = {"study_key": study, "series_key": series} if any(person) else {}
+    keys = {"study_key": study, "series_key": series} if any(header.person) else {}
     if (instance := header.text("SOPInstanceUID")) and (numbers[0] or place is not None):
         more["instance"] = place, instance, n, numbers
     more |= {"size": frame.shape[1::-1], "plane": plane, "study": study} | keys
@@ -951,12 +959,12 @@ def dicom_grey(frame, header):
     frame = thinned(frame)
     packed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
     unused = (dataset.BitsAllocated - header.stored) * (frame.dtype.kind in "iu")
-    beyond = frame >> header.stored if unused and not header.shift else np.zeros(1)
-    others = np.unique(beyond).astype(int) if beyond.any() else ()
-    if 2 < len(others) > np.ptp(others) / 2 and OVERLAY_BITS not in dataset:  # those of its values
-        header.ignore("BitsStored")
-    elif unused and not (packed and (not header.shift or frame.max() < 2**header.stored)):
-        frame = frame << unused - header.shift >> unused  # else shifted by its codec
+    if unused and not (packed and (not header.shift or frame.max() < 2**header.stored)):
+        within = frame << unused - header.shift >> unused  # else shifted by its codec
+        if not header.shift and is_cut(frame, within, OVERLAY_BITS in dataset, header.stored):
+            header.ignore("BitsStored")
+        else:
+            frame = within
     if kind == "PALETTE COLOR":
         frame = apply_color_lut(frame, dataset)
     if frame.ndim == 3:
@@ -976,6 +984,15 @@ def dicom_grey(frame, header):
     return grey
 
 
+def is_cut(frame, within, overlaid, bits):
+    """Whether the low `bits` of a frame lack bits of its values, and not of overlays."""
+    if np.array_equal(frame, within):
+        return False
+    others = np.unique(frame >> bits).astype(int)
+    gradual = 2 < len(others) > np.ptp(others) / 2 and not overlaid
+    return gradual or roughness(frame) < roughness(within)
+
+
 def through_table(values, header, key, found):
     """Values, or what a lookup table of the file has for those `found`, whatever bits it claims."""
     tables = [table for source in header.sources for table in header.items(key, source)]
@@ -987,7 +1004,7 @@ def through_table(values, header, key, found):
         if isinstance(entries, bytes):
             words = len(entries) >= 2 * (count or 2**16)
             entries = np.frombuffer(entries, f"{order}u2" if words else "u1")
-        first -= 2**16 * (first >= 2**15 and found.min() < 0)  # written unsigned
+        first -= 2**16 * (first >= 2**15 and (found < 0).any())  # written unsigned
         places = (np.nan_to_num(found).astype(np.int64) - first).clip(0, len(entries) - 1)
         return np.where(np.isfinite(values), np.asarray(entries, np.float32)[places], np.nan)
     except Exception:  # as above
@@ -997,13 +1014,13 @@ def through_table(values, header, key, found):
 def windowed(values, header):
     """Values through the VOI LUT or window of the file as Grey; None where it would hide them."""
     centre, width = header.number("WindowCenter"), header.number("WindowWidth", 0)
-    if (shown := through_table(values, header, "VOILUTSequence", values)) is not values:
-        return stretched(shown)._replace(window=None)
-    if centre is None or width <= 0:
-        return None
-    window = centre - width / 2, centre + width / 2
+    window = None if centre is None or width <= 0 else (centre - width / 2, centre + width / 2)
     function = header.text("VOILUTFunction").upper()
-    if function == "SIGMOID":
+    if (shown := through_table(values, header, "VOILUTSequence", values)) is not values:
+        pixels, window = stretched(shown).pixels, None
+    elif not window:
+        return None
+    elif function == "SIGMOID":
         pixels = to_uint8(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1)
     else:
         exact = width <= 1 or function == "LINEAR_EXACT"
@@ -1020,8 +1037,8 @@ def dicom_remarks(header):
         yield f"The file says that it is no MRI (modality {plain_name(modality)[:16]})."
     if part and not any(head in part for head in HEADS):
         yield f"The file says that it shows no head (body part {plain_name(part)[:16]})."
-    kinds = f"{header.text('ImageType')} {UID(header.text('SOPClassUID')).name}".upper()
-    if kind := COMPUTED.search(kinds):
+    kinds = f"{header.text('ImageType')} {UID(header.text('SOPClassUID')).name}"
+    if kind := COMPUTED.search(kinds.upper().replace("_", " ")):
         yield f"The file says that it is no plain slice ({kind[0]}); the answer may be unreliable."
     if header.text("BurnedInAnnotation").upper() == "YES":
         yield "The file says that text is burned in; check that it identifies nobody."
@@ -1076,10 +1093,17 @@ def open_nifti(data, name):
     if math.prod(shape[3:]) > 1:
         remarks.append(f"The file holds {math.prod(shape[3:])} volumes; the first was read.")
     volume = volume[(..., *[0] * len(shape[3:]))]
-    levels = np.unique(volume.ravel("K")[:: 1 + volume.size // 100_000])
+    step = max(1, round((volume.size / 100_000) ** (1 / 3)))
+    levels = np.unique(volume[::step, ::step, ::step])
     few = 1 < len(levels) <= 16 and volume.dtype.kind in "iuf" and np.isin(levels, range(256)).all()
     if few or int(header["intent_code"]) in (*range(2, 25), *range(1002, 1010)):  # or statistics
         raise UnreadableScan(f"{name} holds labels or a map; send the scan that they belong to.")
+    cut = volume[..., volume.shape[2] // 2]
+    if volume.dtype.kind in "iu":
+        other = cut.byteswap()
+        if roughness(cut) * other.std() > 1.5 * roughness(other) * cut.std():
+            why = "has its bytes in another order than its header says; export it again."
+            raise UnreadableScan(f"{name} {why}")
     try:
         scale = [part and np.float32(part) for part in header.get_slope_inter()]
     except Exception:  # nibabel's, for an infinite one, say
@@ -1164,16 +1188,19 @@ def without_copies(found, study, series, skipped):
     for scan in found:
         place = (scan.order, scan.slice) if scan.position is None else scan.position
         keys = {(place, hash(scan.pixels.tobytes())), scan.instance} - {None}
-        twins = [first[key] for key in keys if key in first and first[key].size == scan.size]
-        far = (np.abs(twin.pixels.astype(np.int16) - scan.pixels).mean() for twin in twins)
-        twin = next((twin for twin, mean in zip(twins, far) if mean < 4), None)
-        if twin:
+        twins = (first[key] for key in keys & first.keys())
+        if twin := next((twin for twin in twins if much_alike(twin.pixels, scan.pixels)), None):
             reason = f"It is the same slice as {twin.file} and counts once."
             skipped.append(Skipped(scan.file, reason, series))
         else:
             first |= dict.fromkeys(keys, scan)
             slices.append(replace(scan, study=study, series=series, slice=len(slices)))
     return slices
+
+
+def much_alike(one, other):
+    """Whether two pictures differ by no more than lossy compression makes them."""
+    return one.shape == other.shape and np.abs(one.astype(np.int16) - other).mean() < 4
 
 
 def empty_slices(slices):

@@ -139,6 +139,8 @@ ODD = {
     "TIFF RGB 12 bits in 16": tiff(DEEP_RGB, photometric="rgb"),
     "TIFF RGB by plane": tiff(RGB.transpose(2, 0, 1), photometric="rgb", planarconfig="separate"),
     "TIFF alpha of zeros": tiff(CLEAR, photometric="rgb", extrasamples=["unassalpha"]),
+    "TIFF far brighter spot": tiff(np.where(HEAD > 240, 4095, HEAD * np.uint16(4))),
+    "TIFF of a stack that it was": tiff(DEEP, description="ImageJ=1.40\nimages=6\n", metadata=None),
     "TIFF palette": tiff(255 - HEAD, photometric="palette", colormap=PALETTE),
     "TIFF tiles": tiff(DEEP, tile=(32, 32)),
     "TIFF LZW": encode(DEEP, "TIFF", compression="tiff_lzw"),
@@ -178,11 +180,19 @@ ODD = {
         4095 - DEEP, VOILUTSequence=table(INVERSE, 12, 64536), RescaleSlope=1, RescaleIntercept=-1000),
     "DICOM table of a frame": dicom(4095 - DEEP, SharedFunctionalGroupsSequence=items(
         FrameVOILUTSequence=[{"VOILUTSequence": table(INVERSE, 12)}])),
+    "DICOM table of one level": dicom(DEEP, VOILUTSequence=table(INVERSE * 0, 12)),
+    "DICOM table written unsigned, with padding": dicom(
+        4095 - DEEP, VOILUTSequence=table(INVERSE, 12, 64536), RescaleSlope=1,
+        RescaleIntercept=-1000, PixelPaddingValue=4095),
     "DICOM more bits than said": dicom(DEEP, BitsStored=8, HighBit=7),
     "DICOM more bits than said, signed": dicom(SIGNED, BitsStored=10, HighBit=9),
+    "DICOM few values beyond the bits said": dicom(HEAD * np.uint16(20), BitsStored=12, HighBit=11),
+    "DICOM signed, but it is not": dicom(DEEP.astype(np.int16), BitsStored=12, HighBit=11),
+    "DICOM overlay unsaid": dicom(DEEP | HEAD[::-1].astype(np.uint16) << 5 & 4096, BitsStored=12, HighBit=11),
     "DICOM overlays above": overlaid(),
     "DICOM polarity in small letters": dicom(4095 - DEEP).replace(b"MONOCHROME2", b"Monochrome1"),
-    "DICOM polarity unknown": dicom(DEEP).replace(b"MONOCHROME2", b"MONOTONE   "),
+    **{f"DICOM polarity {kind}": dicom(DEEP).replace(b"MONOCHROME2", kind.ljust(11))
+       for kind in (b"MONOTONE", b"MONOCHROME")},
     "DICOM RGB of samples unsaid": lacking("SamplesPerPixel", RGB),
     "TIFF of photometric unsaid": tiff(DEEP).replace(b"\x06\1\3\0\1", b"\xe8\xfd\3\0\1"),
     "TIFF RGB of photometric unsaid": tiff(RGB, photometric="rgb").replace(
@@ -245,7 +255,7 @@ def lettered(side, points):
     picture = Image.fromarray(phantom(3, side=side))
     font = ImageFont.load_default(points)
     ImageDraw.Draw(picture).text((6, 6), "DOE JOHN\n1950-01-01", fill=255, font=font)
-    return encode(np.asarray(picture))
+    return np.asarray(picture)
 
 
 BESIDE = "There is text or a scale beside the head; check that it identifies nobody."
@@ -254,6 +264,7 @@ COMPUTED = "The file says that it is no plain slice ({}); the answer may be unre
 AS_STORED = "The picture is stored turned or mirrored, and is shown as it is stored."
 COLOURED = np.dstack([phantom()] * 2 + [phantom() // 3])
 TAGGED = deep(side=160)
+FAINT = phantom(3, side=256)
 LETTERS = ((256, 9), (256, 16), (512, 12), (512, 24), (1024, 24))
 
 
@@ -264,7 +275,8 @@ LETTERS = ((256, 9), (256, 16), (512, 12), (512, 24), (1024, 24))
     (encode(COLOURED), "The picture is in colour; it was turned to grey."),
     (encode(255 - phantom()),
      "The background is bright; the answer for an inverted picture is unreliable."),
-    *((lettered(*size), BESIDE) for size in LETTERS),
+    *((encode(lettered(*size)), BESIDE) for size in LETTERS),
+    (dicom(np.where(lettered(256, 16) > FAINT, 4095, FAINT * np.uint16(4))), BESIDE),
     (dicom(TAGGED, Modality="CT"), "The file says that it is no MRI (modality CT)."),
     (dicom(TAGGED, BodyPartExamined="KNEE"),
      "The file says that it shows no head (body part KNEE)."),
@@ -276,7 +288,7 @@ LETTERS = ((256, 9), (256, 16), (512, 12), (512, 24), (1024, 24))
       for axes in ([-1, 0, 0, 0, 1, 0], [0, -1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 1])),
     *((dicom(TAGGED, ImageType=["DERIVED", "PRIMARY", *kinds]), COMPUTED.format(found))
       for kinds, found in ((["DIFFUSION", "ADC"], "ADC"), (["P"], "P"), (["T2 MAP"], "T2 MAP"),
-                           (["PROJECTION IMAGE"], "PROJECTION"), (["LOCALIZER"], "LOCALIZER"))),
+                           (["PROJECTION IMAGE"], "PROJECTION"), (["PHASE_MAP"], "PHASE"), (["LOCALIZER"], "LOCALIZER"))),
     (dicom(TAGGED, SOPClassUID=uid.SecondaryCaptureImageStorage),
      COMPUTED.format("SECONDARY CAPTURE")),
     *((encode(phantom(), kind, save_all=True, append_images=[Image.fromarray(phantom(1))]),
@@ -550,6 +562,11 @@ def test_the_plane_is_that_of_acquisition_the_one_chosen_or_all(plane, shown):
     assert {scan.plane for scan in read_scans(data, "head.nii.gz", plane=plane)} == shown
 
 
+def test_a_volume_whose_first_column_is_nearly_even_is_no_mask():
+    values = np.add.outer(8 * np.arange(32), np.arange(512 * 190) % 2).reshape(32, 512, 190)
+    assert len(read_scans(nifti(values.astype(np.uint8), qform_code=1), "head.nii")) == 190
+
+
 def test_of_several_volumes_the_first_is_read_with_a_warning():
     (scan, *_) = read_scans(nifti(np.stack([VOLUME] * 3, -1), qform_code=1), "dwi.nii")
     assert scan.warnings[0] == "The file holds 3 volumes; the first was read."
@@ -614,6 +631,12 @@ def test_an_instance_counts_once_and_so_does_the_same_picture():
     scans, skipped = read_upload([*files, *again])
     assert len(scans) == 6 and {item.file for item in skipped} in ({"copy", "IM0"}, {"IM2", "IM0"})
     assert all("counts once" in item.reason for item in skipped)
+
+
+def test_an_instance_sent_again_with_another_spacing_is_kept():
+    tags = {"SOPInstanceUID": "1.2.3", "InstanceNumber": 1}
+    files = [("a", dicom(DEEP, **tags)), ("b", dicom(DEEP, PixelSpacing=[1, 0.5], **tags))]
+    assert len(read_upload(files)[0]) == 2
 
 
 def test_slices_that_share_a_number_but_not_a_place_are_not_the_same():
@@ -715,6 +738,7 @@ def test_identifiers_are_read_only_if_asked_for_and_keep_their_letters():
     data = dicom(DEEP, SpecificCharacterSet="ISO_IR 144", PatientName="Иванов^Иван")
     ((unasked,), _), ((asked,), _) = (read_upload([("", data)], identifiers=n) for n in (0, 1))
     assert unasked.identifiers is None and asked.identifiers["PatientName"] == "Иванов^Иван"
+    assert asked.study_key == unasked.study_key
 
 
 # Bytes of strangers: the sentences for them are in test_sentences.py

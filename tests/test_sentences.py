@@ -154,6 +154,8 @@ SENTENCES = [
       for volume, fields in ((((FRAMES[:4] // 1000),), {}), (((FRAMES[:4] > 99) * 4.0,), {}),
                              ((FRAMES[:4],), {"intent_code": 1002}),
                              ((FRAMES[:4] / 9,), {"intent_code": 1007}))),
+    (nifti(DEEP[..., None], order=">")[:356] + DEEP.tobytes("F"), 415,
+     "scan has its bytes in another order than its header says; export it again."),
     *((data, 415, "scan holds more pixels than its header says; export it again.")
       for data in (dicom(FRAMES), dicom(FRAMES, NumberOfFrames=3), dicom(DEEP, Rows=48),
                    dicom(DEEP, BitsAllocated=8, BitsStored=8, HighBit=7),
