@@ -32,7 +32,7 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -1463,9 +1463,8 @@ class Classifier:
         if self.card.get("serving_sha256") != hashlib.sha256(network).hexdigest():
             raise wrong_model(path, "holds another network than the one its card was written for")
         count = max(1, -(-threads // ENGINE_THREADS))
-        self.engines, self.turns = queue.SimpleQueue(), ThreadPoolExecutor(count)  # free ones
-        for _ in range(count):
-            self.engines.put(litert(network, max(1, threads // count), path))
+        self.engines = [litert(network, max(1, threads // count), path) for _ in range(count)]
+        self.lock, self.waiting = threading.Lock(), deque()  # for a free one of the engines
         start = time.monotonic()
         outputs = self.infer(np.zeros((1, SIDE, SIDE, 3), np.uint8))
         self.seconds = time.monotonic() - start  # of one scan, rather more: it was the first
@@ -1481,15 +1480,16 @@ class Classifier:
 
     def infer(self, prepared: np.ndarray) -> dict[str, np.ndarray]:
         """Outputs by name for uint8 (N, 224, 224, 3), first come, first served."""
-        return self.turns.submit(self.infer_now, prepared).result()
-
-    def infer_now(self, prepared):
-        """The same from a free engine; there is one, as turns has no more threads than engines."""
-        engine = self.engines.get()
+        turn = queue.SimpleQueue()  # where the engine comes that is free for this caller
+        with self.lock:
+            turn.put(self.engines.pop()) if self.engines else self.waiting.append(turn)
+        engine = turn.get()
         try:
             return engine(prepared)
         finally:
-            self.engines.put(engine)
+            with self.lock:
+                give = self.waiting.popleft().put if self.waiting else self.engines.append
+                give(engine)
 
     def classify(self, scans: list[Scan]) -> list[Finding]:
         """A Finding for each scan, in order."""
@@ -1859,7 +1859,7 @@ def is_old(path: pathlib.Path, hours: float) -> bool:
 def sweep(uploads: pathlib.Path, hours: float) -> None:
     """Remove the uploads older than `hours`, half-written ones included, and damaged ones."""
     for folder in uploads.iterdir():
-        with contextlib.suppress(OSError):  # another worker was faster, or the disk fails here
+        with contextlib.suppress(OSError, MemoryError):  # another worker was faster, say
             upload_id = folder.name.removeprefix(".")
             if not ID.fullmatch(upload_id):
                 continue
@@ -1920,8 +1920,7 @@ def answer(classifier: Classifier, folder: pathlib.Path, result: dict, scans: li
         facts = {"scans": len(scans), "status": result["status"].replace("running", "failed")}
         facts["verdicts"] = Counter(entry["verdict"] for entry in result["scans"])
         facts["verdict"] = result["study"] and result["study"]["verdict"]
-        facts["model"] = result["model"]["sha256"]
-        audit("answer", start, id=result["id"], **facts)
+        audit("answer", start, id=result["id"], model=result["model"]["sha256"], **facts)
 
 
 def answer_all(classifier, folder, result, scans):

@@ -296,8 +296,10 @@ def test_a_disk_that_fails_is_never_taken_for_a_full_one(app, client, monkeypatc
     result = post(app, SCAN).get_json()
     path = app.uploads / result["id"] / "0" / "scan.png"
     with monkeypatch.context() as patch:
-        patch.setattr("app.Image.open", lambda _: (_ for _ in ()).throw(MemoryError))
+        for name in ("Image.open", "json.loads"):
+            patch.setattr(f"app.{name}", lambda _: (_ for _ in ()).throw(MemoryError))
         assert client.get(result["scans"][0]["scan"]).status_code == 500
+        web.sweep(app.uploads, 24)
     assert not web.is_damaged(app.uploads / result["id"])
     path.unlink()
     path.mkdir()

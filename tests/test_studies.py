@@ -3,11 +3,13 @@
 import logging
 import os
 import pathlib
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
-from phantoms import deep, dicom, encode, make_app, phantom, post, series, until, zipped
+from phantoms import ROOT, deep, dicom, encode, make_app, phantom, post, series, until, zipped
 from pydicom.data import get_testdata_file
 
 import app as web
@@ -207,6 +209,29 @@ def test_a_study_whose_server_was_stopped_has_failed(study_app, monkeypatch):
     study_app.jobs.unfinished = unfinished
     study_app.jobs.touch()
     assert [status(result) for result in results] == [("running", None)] * 2
+
+
+STOPPED = """
+import atexit, time, app, phantoms
+load = app.litert
+app.litert = lambda *given: (lambda engine: lambda scans: time.sleep(0.1) or engine(scans))(load(*given))
+server = phantoms.make_app({uploads!r}, MAX_AT_ONCE=2)
+assert phantoms.post(server, phantoms.zipped(**phantoms.series(20))).status_code == 202
+time.sleep(0.5)
+atexit.register(time.sleep, 1)
+"""
+
+
+def test_a_server_that_ends_breaks_no_study_on_its_way_out(tmp_path):
+    """Who starts it again, or sees no sign of life, finds the study as it was."""
+    command = [sys.executable, "-c", STOPPED.format(uploads=str(tmp_path))]
+    paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    run = subprocess.run(command, env=paths, capture_output=True, text=True, timeout=60, check=True)
+    assert "a study failed" not in run.stderr
+    (folder,) = tmp_path.iterdir()
+    result = web.read_result(folder)
+    assert result["status"] == "running"
+    assert all((folder / str(n) / "scan.png").exists() for n in range(len(result["scans"])))
 
 
 def test_signs_of_life_come_by_themselves(tmp_path, monkeypatch):
