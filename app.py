@@ -225,7 +225,6 @@ EXPANSION = 20  # times as large as sent may an upload be when unpacked,
 ALWAYS_UNPACKED = 96 * 2**20  # but always this many bytes
 SECONDS, SECONDS_PER_MB = 3.5, 0.8  # of one core, for reading one upload
 LOOKERS = min(4, os.cpu_count() or 1)  # threads that look at scans while the next ones are read
-ACCEPTED = "a DICOM, NIfTI, JPEG, PNG, WEBP, BMP or TIFF file, or a ZIP of them"
 TOO_MUCH = {
     "scans": "{name} has {count} {what}, but only {left} more scans are allowed; send fewer.",
     "files": "{name} holds {count} files, but at most {left} are read.",
@@ -296,20 +295,19 @@ def read_file(data, name, reading):
         return read_nifti(data, name, reading)
     if data[344:347] == b"ni1" or len(data) == 348 and data[:4] in (b"\\\1\0\0", b"\0\0\1\\"):
         raise UnreadableScan(f"{name} is half of a volume; save both files as one .nii file.")
-    if data[:4] in TIFF_STARTS:
+    if re.match(rb"II[*+]\0|MM\0[*+]", data):
         return read_tiff(data, name, reading)
     return [read_picture(data, name, reading)]
 
 
 class Reading:
-    """One upload while it is read: what is asked for, what it may still cost, what is left out.
+    """An upload of `sent` bytes while it is read: what is asked for, may cost and is left out.
 
     Costs are told from headers and counts, before the work is done. A small upload gets less than
     the limits, so that no small file can cost much.
     """
 
     def __init__(self, sent, limits, plane, identifiers):
-        """For an upload of `sent` bytes."""
         self.limits, self.plane, self.identifiers, self.excuses = limits, plane, identifiers, []
         self.most = min(limits.unpacked, max(ALWAYS_UNPACKED, EXPANSION * sent))
         self.left = limits._asdict() | {"unpacked": self.most, "decoded": self.most}
@@ -353,8 +351,8 @@ class Reading:
             least = f"{SMALLEST_SIDE} x {SMALLEST_SIDE}"
             raise UnreadableScan(f"{shape}, but a scan needs at least {least}.")
         if max(size) > LONGEST * min(size):
-            narrow = "longer and narrower than any scan"
-            raise UnreadableScan(f"{shape}, {narrow}; crop it and send it again.")
+            shape += ", longer and narrower than any scan"
+            raise UnreadableScan(f"{shape}; crop it and send it again.")
         self.take("decoded", count * area, name)
         self.check_time(name)
 
@@ -419,15 +417,12 @@ def quiet():
     """Silence libraries about files that bend their standard: they may quote the patient."""
     for name in ("pydicom", "nibabel", "tifffile"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         yield
 
 
 # ------------------------------------------------------------------------------ pictures
 
-KINDS = ("JPEG", "PNG", "WEBP", "BMP")
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 LARGE_SIDE = 3 * KEPT_SIDE  # of a picture beyond it only every few rows and columns are used
 JPEG_PASSES = 8  # times that a JPEG of the largest size may be gone through
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"acTL", b"IDAT", b"IEND")
@@ -459,10 +454,10 @@ def read_picture(data, name, reading):
     deep = is_png and data[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06")  # bits, kind
     data = png_essentials(data) if is_png else data
     try:
-        image = Image.open(io.BytesIO(data), formats=KINDS)
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "BMP"))
     except UnidentifiedImageError:
-        message = f"{name} is not {ACCEPTED}; export the scan as one of these."
-        raise UnreadableScan(message) from None
+        kinds = "a DICOM, NIfTI, JPEG, PNG, WEBP, BMP or TIFF file, or a ZIP of them"
+        raise UnreadableScan(f"{name} is not {kinds}; export the scan as one of these.") from None
     size, jpeg, webp = image.size, image.format == "JPEG", image.format == "WEBP"
     flat = jpeg or image.mode in ("1", "L", "P", "I;16")
     reading.take("scans", 1, name, "pictures")
@@ -473,12 +468,12 @@ def read_picture(data, name, reading):
     if jpeg and max(size) > LARGE_SIDE:
         image.draft(None, (LARGE_SIDE // 2, LARGE_SIDE // 2))
     grey = grey_values(deep_channels(data)) if deep else grey_picture(thinned_picture(image))
-    turn = 1
+    more = {"size": size}
     with contextlib.suppress(Exception):  # what Pillow raises on a damaged EXIF block
-        turn = image.getexif().get(0x0112, 1)
-    several = "The file holds several pictures; the first was read."
-    remarks = (several,) * (getattr(image, "n_frames", 1) > 1)
-    return scan_of(grey, name, turn=turn, size=size, remarks=remarks)
+        more["turn"] = image.getexif().get(0x0112)
+    if getattr(image, "n_frames", 1) > 1:
+        more["remarks"] = ("The file holds several pictures; the first was read.",)
+    return scan_of(grey, name, **more)
 
 
 def png_essentials(data):
@@ -519,10 +514,9 @@ def read_tiff(data, name, reading):
         whole = ([p for p in found if not p.subfiletype & 5 and p.tags.valueof(255) != 2]
                  for found in (pages, inner))  # without those that say to be a copy or a mask
         whole = next(filter(None, whole), pages)
-        largest = max(page.imagewidth * page.imagelength for page in whole)
-        kept = [p for p in whole if 4 * p.imagewidth * p.imagelength > largest]
-        remarks = ("The file also holds a smaller copy, which was left out.",)
-        remarks *= len(kept) < len(pages)
+        areas = [page.imagewidth * page.imagelength for page in whole]
+        kept = [page for page, area in zip(whole, areas) if 4 * area > max(areas)]
+        copies = ("The file also holds a smaller copy, which was left out.",)
         pillow = cache(lambda: Image.open(io.BytesIO(data), formats=("TIFF",)))
         scans = []
         for n, page in enumerate(kept):
@@ -534,7 +528,8 @@ def read_tiff(data, name, reading):
             if others and values.ndim == 3 and values.shape[2] == page.samplesperpixel:
                 values = values[..., :-others]
             channels = ("The page holds several channels; the first was read.",)
-            more["remarks"] = remarks + channels * (page.samplesperpixel == 1 + others > 1)
+            more["remarks"] = copies * (len(kept) < len(pages))
+            more["remarks"] += channels * (page.samplesperpixel == 1 + others > 1)
             scans.append(scan_of(grey_values(values), name, n, **more))
         return scans
 
@@ -696,22 +691,18 @@ PERSON = ("PatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID")  #
 STUDY = ("PatientSex", "StudyID", "StudyDate", "StudyTime", "AccessionNumber")
 IDENTIFIERS = (*PERSON, *STUDY, "ReferringPhysicianName")
 SOURCE = ("SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID", "FrameOfReferenceUID")
-GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
 UPRIGHT = ((0, 1, 0, 0, 0, -1), (1, 0, 0, 0, 0, -1), (1, 0, 0, 0, 1, 0))  # of PLANES
-PLACE, SHADES = ("PlanePosition", "PlaneOrientation"), ("FrameVOILUT", "PixelValueTransformation")
-PARTS = (*PLACE, "FrameContent", "PixelMeasures", *SHADES)  # of a frame, each a …Sequence
+PARTS = [f"{part}Sequence" for part in ("PlanePosition", "PlaneOrientation", "FrameContent",
+         "PixelMeasures", "FrameVOILUT", "PixelValueTransformation")]  # of a frame
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-BLANKS = (None, "", b"")
 TEXTS = ("DS", "IS", "LO", "SH", "ST", "CS")  # value representations of characters
-COUNTS = {"NumberOfFrames": 1, "SamplesPerPixel": 1}
-COUNTS |= {"PixelRepresentation": 0, "PlanarConfiguration": 0}
+COUNTS = dict(NumberOfFrames=1, SamplesPerPixel=1, PixelRepresentation=0, PlanarConfiguration=0)
 OVERLAY_BITS, MOSAIC_CREATOR, MOSAIC_SLICES = 0x60000100, 0x00190010, 0x0019100A
 # An item that begins with a JPEG's first marker, or with the table of an RLE frame
 FRAME_STARTS = rb"\xfe\xff\0\xe0.{4}(?:\xff[\xd8\x4f]\xff|[\1-\x0f]\0{3}\x40\0{3})"
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 MOST_READS = 500_000  # of a header: two or three each element
 COMPUTED = re.compile(r"\b(ADC|FA|P|PHASE|MIP|MINIP|LOCALIZER|PROJECTION|\w+ (MAP|CAPTURE))\b")
-HEADS = ("HEAD", "BRAIN", "SKULL", "PITUITARY", "ORBIT", "FACE", "IAC")
 
 
 def read_dicom(data, name, reading):
@@ -726,13 +717,12 @@ def read_dicom(data, name, reading):
     header = Header(plain)
     check_picture(header, name, reading)
     dataset, scans = header.dataset, []
-    known, more = header.identifiers() if reading.identifiers else None, {}
-    several = dataset.NumberOfFrames > 1
+    known = header.identifiers() if reading.identifiers else None
     try:
         for n, frame in enumerate(iter_pixels(dataset, indices=range(dataset.NumberOfFrames))):
             reading.check_time(name)
-            more["identifiers"] = known and known | {"frame": n + 1 if several else None}
-            scans.append(dicom_scan(frame, header.of_frame(n), name, n, **more))
+            own = known and known | {"frame": n + 1 if dataset.NumberOfFrames > 1 else None}
+            scans.append(dicom_scan(frame, header.of_frame(n), name, n, identifiers=own))
     except Exception as error:  # decoding happens here
         syntax = dataset.file_meta.TransferSyntaxUID
         if isinstance(error, UnreadableScan) or not syntax.is_encapsulated:
@@ -743,10 +733,7 @@ def read_dicom(data, name, reading):
 
 
 def inflated(data, most):
-    """A DICOM file whose dataset is not deflated, since pydicom would unpack it whole.
-
-    Of a deflated one the first `most` bytes.
-    """
+    """A DICOM file, of a deflated one the first `most` bytes; pydicom would unpack it whole."""
     if DEFLATED not in data[:1000]:
         return data
     start = 144 + int.from_bytes(data[140:144], "little")
@@ -758,8 +745,8 @@ def check_picture(header, name, reading):
     """Raise UnreadableScan for a DICOM file without a picture, of a mosaic, or of a large cost."""
     dataset = header.dataset
     if header.text("Modality") in ("SEG", "RTDOSE") or not any(key in dataset for key in PIXELS):
-        none = "a DICOM file without a scan; send the images of the study."
-        raise UnreadableScan(f"{name} is {none}")
+        why = "a DICOM file without a scan"
+        raise UnreadableScan(f"{name} is {why}; send the images of the study.")
     header.complete()
     size, frames = (int(dataset.Columns), int(dataset.Rows)), dataset.NumberOfFrames
     counted = MOSAIC_SLICES in dataset and header.text(MOSAIC_CREATOR).startswith("SIEMENS")
@@ -799,8 +786,7 @@ class CountedReads(io.BytesIO):
     def read(self, *size):
         self.reads += 1
         if self.reads > MOST_READS:
-            message = "A header has too many elements; export the scan again."
-            raise UnreadableScan(message, 413)
+            raise UnreadableScan("A header has too many elements; export the scan again.", 413)
         return super().read(*size)
 
 
@@ -820,9 +806,9 @@ class Header:
     def of_frame(self, n):
         """The header of frame n."""
         self.sources, self.odd, found = [self.dataset], set(self.always_odd), []
-        for groups in filter(None, map(self.items, GROUPS)):
-            group = groups[min(n, len(groups) - 1)]
-            found += [item for part in PARTS for item in self.items(f"{part}Sequence", group)[:1]]
+        for kind in ("PerFrame", "Shared"):
+            for group in self.items(f"{kind}FunctionalGroupsSequence")[: n + 1][-1:]:
+                found += [item for part in PARTS for item in self.items(part, group)[:1]]
         self.sources = [*found, self.dataset]
         return self
 
@@ -855,7 +841,8 @@ class Header:
         """The first `count` numbers of an element, which have to be finite; commas are points."""
         from pydicom.datadict import dictionary_VR
 
-        filled = (s for s in self.sources if key in s and s.get_item(key).value not in BLANKS)
+        filled = (source for source in self.sources
+                  if key in source and source.get_item(key).value not in (None, "", b""))
         if (source := next(filled, None)) is None:
             return None
         element = source.get_item(key)
@@ -885,10 +872,7 @@ class Header:
         self.odd.add(f"{key} in the file makes no sense and was ignored.")
 
     def identifiers(self):
-        """What tells the patient, the study and the object, as text in its own character set.
-
-        None of an object that nothing can refer to.
-        """
+        """What tells patient, study and object, as text; None if it cannot be referred to."""
         known = dict.fromkeys((*IDENTIFIERS, *SOURCE), "")
         for key in known:
             with contextlib.suppress(Exception):  # as above
@@ -956,7 +940,7 @@ def dicom_grey(frame, header):
     from pydicom.pixels import apply_color_lut
 
     dataset, kind = header.dataset, header.text("PhotometricInterpretation")
-    frame = thinned(frame)
+    frame = stored = thinned(frame)
     packed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
     unused = (dataset.BitsAllocated - header.stored) * (frame.dtype.kind in "iu")
     if unused and not (packed and (not header.shift or frame.max() < 2**header.stored)):
@@ -977,7 +961,8 @@ def dicom_grey(frame, header):
         ends = np.array([first, header.number(f"{kind_of}PixelPaddingRangeLimit", first)])
         if frame.dtype.kind in "iu":  # either may be written signed or not
             ends = ends.astype(np.int64).astype(frame.dtype)
-        values = np.where((frame >= ends.min()) & (frame <= ends.max()), np.nan, values)
+        for found in (frame, frame if header.shift else stored):  # beyond the bits of values, too
+            values = np.where((found >= ends.min()) & (found <= ends.max()), np.nan, values)
     grey = windowed(values, header) or stretched(values)
     if kind == "MONOCHROME1":
         grey = grey._replace(pixels=np.where(np.isfinite(values), 255 - grey.pixels, 0))
@@ -1035,7 +1020,7 @@ def dicom_remarks(header):
     modality, part = (header.text(key).upper() for key in ("Modality", "BodyPartExamined"))
     if modality and modality != "MR":
         yield f"The file says that it is no MRI (modality {plain_name(modality)[:16]})."
-    if part and not any(head in part for head in HEADS):
+    if part and not re.search("HEAD|BRAIN|SKULL|PITUITARY|ORBIT|FACE|IAC", part):
         yield f"The file says that it shows no head (body part {plain_name(part)[:16]})."
     kinds = f"{header.text('ImageType')} {UID(header.text('SOPClassUID')).name}"
     if kind := COMPUTED.search(kinds.upper().replace("_", " ")):
@@ -1136,10 +1121,7 @@ def axes_of(header, remarks):
 
 
 def thickest_axis(shape, spacing, remarks):
-    """The axis across which a volume was acquired: across its only slice, or its thickest ones.
-
-    Of axes that are spaced alike it is the shortest one, which is said in a remark.
-    """
+    """The axis across its only slice or its thickest ones; of several the shortest, as is said."""
     if 1 in shape:
         return shape.index(1)
     thickest = [axis for axis in range(3) if spacing[axis] > 0.98 * max(spacing)]
@@ -1204,10 +1186,7 @@ def much_alike(one, other):
 
 
 def empty_slices(slices):
-    """The places of the slices of a series that show no head; never most of a series.
-
-    If it would be most of them, only those are meant that are all of one level.
-    """
+    """The places of the slices that show no head; if that is most of a series, of blank ones."""
     empty = {scan.slice for scan in slices if scan.emptiness}
     if len(empty) > len(slices) / 2:
         empty = {scan.slice for scan in slices if scan.emptiness == BLANK}
@@ -1247,43 +1226,24 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule(
-        "Size",
-        lambda scan: min(scan.size),
-        (0, 128, math.inf, math.inf),
-        "{scan.size[0]} x {scan.size[1]} pixels",
-        "The picture is small ({value} pixels); details may be lost.",
-    ),
-    Rule(
-        "Contrast",
-        lambda scan: scan.contrast,
-        (10, 40, 255, 255),
-        "{value} of 255 levels of grey",
-        "The contrast is low; the answer may be unreliable.",
-        "The picture is blank or nearly so.",
-    ),
-    Rule(
-        "Colour",
-        lambda scan: scan.colour,
-        (0, 0, 4, 40),
-        "greyscale",
-        "The picture is in colour; it was turned to grey.",
-        "The picture is in strong colours, which no MRI is.",
-    ),
-    Rule(
-        "Background",
-        lambda scan: np.median(np.median(corners(scan.pixels[::2, ::2]), axis=1)),
-        (0, 0, 128, 255),
-        "dark",
-        "The background is bright; the answer for an inverted picture is unreliable.",
-    ),
-    Rule(
-        "Text",
-        lambda scan: count_text_marks(scan.pixels),
-        (0, 0, 2, math.inf),
-        "none seen beside the head",
-        "There is text or a scale beside the head; check that it identifies nobody.",
-    ),
+    Rule("Size", lambda scan: min(scan.size), (0, 128, math.inf, math.inf),
+         "{scan.size[0]} x {scan.size[1]} pixels",
+         "The picture is small ({value} pixels); details may be lost."),
+    Rule("Contrast", lambda scan: scan.contrast, (10, 40, 255, 255),
+         "{value} of 255 levels of grey",
+         "The contrast is low; the answer may be unreliable.",
+         "The picture is blank or nearly so."),
+    Rule("Colour", lambda scan: scan.colour, (0, 0, 4, 40),
+         "greyscale",
+         "The picture is in colour; it was turned to grey.",
+         "The picture is in strong colours, which no MRI is."),
+    Rule("Background", lambda scan: np.median(np.median(corners(scan.pixels[::2, ::2]), axis=1)),
+         (0, 0, 128, 255),
+         "dark",
+         "The background is bright; the answer for an inverted picture is unreliable."),
+    Rule("Text", lambda scan: count_text_marks(scan.pixels), (0, 0, 2, math.inf),
+         "none seen beside the head",
+         "There is text or a scale beside the head; check that it identifies nobody."),
 )
 
 

@@ -228,6 +228,7 @@ PADDED = {
         (half(-32768, np.int16), {"PixelPaddingValue": -32768}),
         (half(-2000, np.int16), {"PixelPaddingValue": -1500, "PixelPaddingRangeLimit": -2100}),
         (half(65535, np.uint16), {"PixelPaddingValue": 65535}),
+        (half(65535, np.uint16), {"PixelPaddingValue": 65535, "BitsStored": 12, "HighBit": 11}),
         (half(-2000, np.int16), PADDING | {"WindowCenter": 500, "WindowWidth": 1000}),
     )
 } | {
