@@ -45,6 +45,7 @@ from typing import NamedTuple
 import click
 import fastjsonschema
 import numpy as np
+from fastjsonschema import JsonSchemaException
 from flask import Blueprint, Flask, Response, abort, current_app, redirect, render_template, request
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from scipy import ndimage
@@ -1639,10 +1640,6 @@ class Damaged(OSError):
     """A file of a result does not hold what was written."""
 
 
-class Foreign(Damaged):
-    """What is read is no Result: of another version, or damaged in a way that left it JSON."""
-
-
 def new_result(model: dict, scans: list[Scan], skipped: list[Skipped]) -> dict:
     """The result of an upload, as result.json holds it, before anything of it is answered."""
     studies = len({scan.study for scan in scans} - {None})
@@ -1713,17 +1710,13 @@ def read_kept(path: pathlib.Path, decode: Callable[[bytes], object]) -> object:
 
 
 def read_result(folder: pathlib.Path) -> dict:
-    """The result of an upload; raises Damaged, or Foreign if it is no Result of openapi.json."""
-    result = read_kept(folder / "result.json", json.loads)
-    try:
-        return check_result()(result)
-    except fastjsonschema.JsonSchemaException as error:
-        raise Foreign(f"{folder} holds no result of this version: {error}") from None
+    """The result of an upload; raises Damaged, or JsonSchemaException for another version's."""
+    return check_result()(read_kept(folder / "result.json", json.loads))
 
 
 @cache
 def check_result() -> Callable:
-    """The schema of a result as a function."""
+    """The schema of a result as a function, which raises JsonSchemaException or returns it."""
     components = json.loads(OPENAPI.read_text())["components"]
     return fastjsonschema.compile({"$ref": "#/components/schemas/Result", "components": components})
 
@@ -1732,8 +1725,8 @@ def is_damaged(folder: pathlib.Path) -> bool:
     """Whether a file of a finished upload is cut off, or a reader has met damage."""
     try:
         result = read_result(folder)
-    except Damaged as error:
-        return not isinstance(error, Foreign)
+    except Damaged:
+        return True
     scans = list(enumerate(result["scans"] if result["status"] == "done" else []))
     least = {f"{n}/scan.png": math.prod(scan["kept"]) for n, scan in scans}  # a byte a pixel
     least |= {f"{n}/heat.f32": 784 for n, scan in scans if scan["heatmap"]}
@@ -1818,8 +1811,9 @@ def is_old(path: pathlib.Path, hours: float) -> bool:
 
 def sweep(uploads: pathlib.Path, hours: float) -> None:
     """Remove the uploads older than `hours`, half-written ones included, and damaged ones."""
+    harmless = OSError, MemoryError, JsonSchemaException  # another worker was faster, say
     for folder in uploads.iterdir():
-        with contextlib.suppress(OSError, MemoryError):  # another worker was faster, say
+        with contextlib.suppress(*harmless):
             upload_id = folder.name.removeprefix(".")
             if not ID.fullmatch(upload_id):
                 continue
@@ -2811,17 +2805,18 @@ def show_error(error: exceptions.HTTPException) -> Response:
     return response
 
 
+@pages.app_errorhandler(JsonSchemaException)
 @pages.app_errorhandler(OSError)
-def show_storage_error(error: OSError) -> Response:
+def show_storage_error(error: OSError | JsonSchemaException) -> Response:
     """The disk is full, read-only or away, or what it holds of a result is removed or damaged."""
     asked = (request.view_args or {}).get("upload_id")
     if isinstance(error, FileNotFoundError) and asked:
         return show_error(exceptions.NotFound(GONE))
-    current_app.logger.error("a result could not be kept or read: %s", error)
+    current_app.logger.error("a result of %s cannot be kept or read: %s", request.path, error)
     if isinstance(error, Damaged):
         with contextlib.suppress(OSError):
-            if not isinstance(error, Foreign):
-                (current_app.uploads / asked / "damaged").touch()  # for sweep()
+            (current_app.uploads / asked / "damaged").touch()  # for sweep()
+    if isinstance(error, Damaged | JsonSchemaException):
         kept = "What is kept of this result is damaged, or was written by another version"
         return show_error(exceptions.Gone(f"{kept}; send the scans again."))
     if request.method != "POST":
