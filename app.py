@@ -808,16 +808,16 @@ class Header:
         """The header of frame n."""
         self.sources, self.odd, found = [self.dataset], set(self.always_odd), []
         for kind in ("PerFrame", "Shared"):
-            for group in self.items(f"{kind}FunctionalGroupsSequence")[: n + 1][-1:]:
+            groups = self.items(f"{kind}FunctionalGroupsSequence", self.dataset)
+            for group in groups[: n + 1][-1:]:  # the last one, if there are too few
                 found += [item for part in PARTS for item in self.items(part, group)[:1]]
         self.sources = [*found, self.dataset]
         return self
 
-    def items(self, key, dataset=None):
+    def items(self, key, dataset):
         """The items of a sequence, whose elements are counted as those of a file."""
         from pydicom.filereader import read_sequence
 
-        dataset = self.dataset if dataset is None else dataset
         element = dataset.get_item(key)
         if element is None or not element.value:
             return []
