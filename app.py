@@ -1,8 +1,8 @@
 """Reads a brain MRI and says whether it shows a tumor, of which kind, and where it looked.
 
 `flask run` serves a form for people and `POST /upload` for programs. The file reads in the order
-in which data flows: settings, reading, classifier, store, jobs, network, pages, errors, commands,
-and the app that joins them. Not a medical device.
+in which data flows: settings, reading, classifier, store, jobs, PACS, network, pages, errors,
+commands, and the app that joins them. Not a medical device.
 """
 
 import base64
@@ -2070,18 +2070,10 @@ def keep_house(jobs: Jobs, uploads: pathlib.Path, hours: float) -> None:
                 sweep(uploads, hours)
 
 
-# --------------------------------------------------------------------- the network node
+# ------------------------------------------------------------------- results for a PACS
 
-network = Blueprint("network", __name__, cli_group=None)
 NO_NETWORK = "This needs the libraries of the network node: pip install -r requirements.txt"
-MR = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")  # and Enhanced MR
-UIDS = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID"]
-HEAD = 2**22  # bytes of an object in which its UIDs are looked for
-LEAST_FREE = 2**28  # bytes of the disk that are left to results
-OUT_OF_RESOURCES, UNREADABLE, UNSUPPORTED = 0xA700, 0xC000, 0x0122
-PEER = re.compile(r"([^@]{1,16})@(.+):(\d{1,5})")
-LONGEST_WAIT = 600  # seconds between two tries to send
-CLASSIFIER, NOT_DIAGNOSTIC = "Brain MRI classifier", "not for diagnosis"
+ALGORITHM, NOT_DIAGNOSTIC = "Brain MRI classifier", "not for diagnosis"
 SCHEME = "99BRAINMRI"  # of codes that no standard has; the others are of SNOMED CT
 FIGURES = {"probability": "Tumor probability", "low": "No tumor below", "high": "Tumor from"}
 TYPES = {
@@ -2094,6 +2086,140 @@ TYPES = {
 def has_network() -> bool:
     """Whether the libraries are installed that receive, write and send DICOM objects."""
     return all(map(importlib.util.find_spec, ("highdicom", "pynetdicom")))
+
+
+def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, bytes]:
+    """What a PACS can file of a result whose identifiers were kept, as files by name.
+
+    For each study a report (DICOM SR, TID 1500) and a series of heatmaps of the slices that carry
+    its answer. The same scans and model give the same UIDs.
+    """
+    from pydicom.uid import generate_uid
+
+    entries, studies, objects = result["scans"], {}, {}
+    for path in folder.glob("*/identifiers.json") if result["status"] == "done" else ():
+        n = int(path.parent.name)
+        studies.setdefault(entries[n]["study"], {})[n] = read_kept(path, source_of)
+    for study, sources in studies.items():
+        seed = sorted(f"{s.SOPInstanceUID} {s.known['frame']}" for s in sources.values())
+        seed.insert(0, result["model"]["sha256"])
+        answers = []  # each with the scans that carry it
+        for found, places in series_of(result):
+            each = [(found, found["highest"])] if found else [(entries[n], [n]) for n in places]
+            if entries[places[0]]["study"] == study:
+                answers += [(one, [n for n in of if n in sources]) for one, of in each]
+        shown = sorted({n for _, of in answers for n in of if entries[n]["heatmap"]})
+        for number, n in reversed([*enumerate([None, *shown])]):  # the report last, since it
+            title = "Heatmaps" if number else "Report"
+            uids = [generate_uid(entropy_srcs=[*seed, title, str(n)]) for n in ("series", number)]
+            place = dict(zip(("series_instance_uid", "sop_instance_uid"), uids))
+            place |= {"series_number": 9002 if number else 9001, "instance_number": number or 1}
+            place |= {"manufacturer": ALGORITHM, "software_versions": seed[0]}
+            place |= {"series_description": f"{title}, {NOT_DIAGNOSTIC}"}
+            place |= {"specific_character_set": "ISO_IR 192"}
+            if number:
+                heatmap = drawn_heatmap(folder / str(n), entries[n])
+                dataset = secondary_capture(heatmap, sources[n], place)
+            else:
+                dataset = report_of(answers, sources, card, place)
+            known = next(iter(sources.values())).known
+            dataset.update({key: known[key] for key in IDENTIFIERS})  # shares its sources' elements
+            dataset.save_as(file := io.BytesIO(), enforce_file_format=True)
+            objects[f"heatmap_{n}.dcm" if number else f"report_{study}.dcm"] = file.getvalue()
+    return objects
+
+
+def source_of(data):
+    """The header of a scan in the bytes of its identifiers.json, all of it in `known`."""
+    from highdicom.sr import SourceImageForMeasurementGroup
+    from pydicom import Dataset
+
+    source = Dataset()
+    source.known = json.loads(data)
+    source.update(source.known | dict.fromkeys(IDENTIFIERS, ""))  # libraries check these
+    source.StudyInstanceUID = source.known["StudyInstanceUID"]
+    frames = source.known["frame"] and [source.known["frame"]]
+    image = source.SOPClassUID, source.SOPInstanceUID, frames
+    source.image = SourceImageForMeasurementGroup(*image)
+    return source
+
+
+def report_of(answers: list[tuple], sources: dict, card: dict, place: dict):
+    """The answers of a study, each with the numbers of the scans that carry it, as a DICOM SR."""
+    from highdicom import sr
+    from pydicom import uid
+    from pydicom.sr.codedict import codes
+
+    own = partial(sr.CodedConcept, scheme_designator=SCHEME)
+    model = f"model.keras sha256 {place['software_versions']}"
+    algorithm = sr.AlgorithmIdentification(ALGORITHM, card["created"], [model, NOT_DIAGNOSTIC])
+    presence = {"tumor": codes.SCT.Present, NO_TUMOR: codes.SCT.Absent}
+    groups = []
+    for answer, numbers in answers:
+        name, rule = f"series {answer['series']}", card["thresholds"]
+        if "highest" in answer:
+            rule = rule | (card.get("study") or {})
+        else:
+            reason = f": {answer['reason']}" if answer["reason"] else ""
+            name += f", slice {answer['slice'] + 1}{reason}"
+        values = answer["tumor_probability"], rule["low"], rule["high"]
+        found = presence.get(answer["verdict"], codes.SCT.Undetermined)
+        said = [(sr.CodedConcept("705057003", "SCT", "Presence"), found)]
+        if (label := answer["label"]) not in (None, NO_TUMOR):
+            kind = TYPES.get(label, (label[:16], SCHEME, label[:64]))
+            said.append((own("type", meaning="Most probable type"), sr.CodedConcept(*kind)))
+        tracking = uid.generate_uid(entropy_srcs=[place["sop_instance_uid"], name])
+        group = sr.MeasurementsAndQualitativeEvaluations(
+            sr.TrackingIdentifier(tracking, name),
+            finding_type=codes.SCT.Neoplasm,
+            finding_sites=[sr.FindingSite(codes.SCT.Brain)],
+            algorithm_id=algorithm,
+            measurements=[
+                sr.Measurement(own(code, meaning=meaning), value, codes.UCUM.NoUnits)
+                for (code, meaning), value in zip(FIGURES.items(), values)
+                if value is not None
+            ],
+            qualitative_evaluations=[sr.QualitativeEvaluation(*pair) for pair in said],
+            source_images=[sources[n].image for n in numbers],
+        )
+        groups.append(group)
+    device = uid.generate_uid(entropy_srcs=[model])
+    device = sr.DeviceObserverIdentifyingAttributes(device, ALGORITHM)
+    observer = sr.ObserverContext(codes.DCM.Device, device)
+    context = sr.ObservationContext(observer_device_context=observer)
+    procedure, title = codes.LN.MRIUnspecifiedBodyRegion, codes.DCM.ImagingMeasurementReport
+    content = sr.MeasurementReport(context, procedure, groups, title)
+    return sr.ComprehensiveSR([*sources.values()], content, is_complete=True, **place)
+
+
+def secondary_capture(picture: Image.Image, source, place: dict):
+    """A heatmap of the scan whose header `source` is as a DICOM SC, marked in the picture."""
+    from highdicom.sc import SCImage
+
+    scale = -(-256 // picture.width)
+    picture = picture.resize((picture.width * scale, picture.height * scale))
+    style = {"anchor": "ld", "font_size": picture.width / 18, "stroke_width": 2}
+    style |= {"fill": "white", "stroke_fill": "black"}
+    ImageDraw.Draw(picture).text((6, picture.height - 6), NOT_DIAGNOSTIC, **style)
+    kind = "RGB", 8, "PATIENT"
+    place = place | {"patient_orientation": ("L", "P")}  # which is not known, and taken out
+    dataset = SCImage.from_ref_dataset(source, np.asarray(picture), *kind, **place)
+    dataset.PatientOrientation, dataset.BodyPartExamined = "", "BRAIN"
+    dataset.FrameOfReferenceUID = source.FrameOfReferenceUID
+    dataset.SourceImageSequence = source.image.ReferencedSOPSequence
+    return dataset
+
+
+# --------------------------------------------------------------------- the network node
+
+network = Blueprint("network", __name__, cli_group=None)
+MR = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")  # and Enhanced MR
+UIDS = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID"]
+LOOKED_AT = 2**22  # bytes of an object in which its UIDs are looked for
+LEAST_FREE = 2**28  # bytes of the disk that are left to results
+OUT_OF_RESOURCES, UNREADABLE, UNSUPPORTED = 0xA700, 0xC000, 0x0122
+PEER = re.compile(r"([^@]{1,16})@(.+):(\d{1,5})")
+LONGEST_WAIT = 600  # seconds between two tries to send
 
 
 def hashed(text: str) -> str:
@@ -2127,7 +2253,7 @@ class Node:
         head = Dataset()
         try:
             with open(path, "rb") as file:
-                start = CountedReads(inflated(file.read(HEAD), HEAD))
+                start = CountedReads(inflated(file.read(LOOKED_AT), LOOKED_AT))
             head = dcmread(start, stop_before_pixels=True, specific_tags=UIDS)
             folder = self.coming / hashed(head.StudyInstanceUID)
             kept = folder / hashed(head.SOPInstanceUID)
@@ -2270,128 +2396,6 @@ def stow(url: str, path: pathlib.Path) -> None:
 
 
 @quiet()
-def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, bytes]:
-    """What a PACS can file of a result whose identifiers were kept, as files by name.
-
-    For each study a report (DICOM SR, TID 1500) and a series of heatmaps of the slices that carry
-    its answer. The same scans and model give the same UIDs.
-    """
-    from pydicom.uid import generate_uid
-
-    entries, studies, objects = result["scans"], {}, {}
-    for path in folder.glob("*/identifiers.json") if result["status"] == "done" else ():
-        n = int(path.parent.name)
-        studies.setdefault(entries[n]["study"], {})[n] = read_kept(path, source_of)
-    for study, sources in studies.items():
-        seed = sorted(f"{s.SOPInstanceUID} {s.known['frame']}" for s in sources.values())
-        seed.insert(0, result["model"]["sha256"])
-        answers = []  # each with the scans that carry it
-        for found, places in series_of(result):
-            each = [(found, found["highest"])] if found else [(entries[n], [n]) for n in places]
-            if entries[places[0]]["study"] == study:
-                answers += [(one, [n for n in of if n in sources]) for one, of in each]
-        shown = sorted({n for _, of in answers for n in of if entries[n]["heatmap"]})
-        for number, n in reversed([*enumerate([None, *shown])]):  # the report last, since it
-            title = "Heatmaps" if number else "Report"
-            uids = [generate_uid(entropy_srcs=[*seed, title, str(n)]) for n in ("series", number)]
-            place = dict(zip(("series_instance_uid", "sop_instance_uid"), uids))
-            place |= {"series_number": 9002 if number else 9001, "instance_number": number or 1}
-            place |= {"manufacturer": CLASSIFIER, "software_versions": seed[0]}
-            place |= {"series_description": f"{title}, {NOT_DIAGNOSTIC}"}
-            place |= {"specific_character_set": "ISO_IR 192"}
-            if number:
-                heatmap = drawn_heatmap(folder / str(n), entries[n])
-                dataset = secondary_capture(heatmap, sources[n], place)
-            else:
-                dataset = report_of(answers, sources, card, place)
-            known = next(iter(sources.values())).known
-            dataset.update({key: known[key] for key in IDENTIFIERS})  # shares its sources' elements
-            dataset.save_as(file := io.BytesIO(), enforce_file_format=True)
-            objects[f"heatmap_{n}.dcm" if number else f"report_{study}.dcm"] = file.getvalue()
-    return objects
-
-
-def source_of(data):
-    """The header of a scan in the bytes of its identifiers.json, all of it in `known`."""
-    from highdicom.sr import SourceImageForMeasurementGroup
-    from pydicom import Dataset
-
-    source = Dataset()
-    source.known = json.loads(data)
-    source.update(source.known | dict.fromkeys(IDENTIFIERS, ""))  # libraries check these
-    source.StudyInstanceUID = source.known["StudyInstanceUID"]
-    frames = source.known["frame"] and [source.known["frame"]]
-    image = source.SOPClassUID, source.SOPInstanceUID, frames
-    source.image = SourceImageForMeasurementGroup(*image)
-    return source
-
-
-def report_of(answers: list[tuple], sources: dict, card: dict, place: dict):
-    """The answers of a study, each with the numbers of the scans that carry it, as a DICOM SR."""
-    from highdicom import sr
-    from pydicom import uid
-    from pydicom.sr.codedict import codes
-
-    own = partial(sr.CodedConcept, scheme_designator=SCHEME)
-    model = f"model.keras sha256 {place['software_versions']}"
-    algorithm = sr.AlgorithmIdentification(CLASSIFIER, card["created"], [model, NOT_DIAGNOSTIC])
-    presence = {"tumor": codes.SCT.Present, NO_TUMOR: codes.SCT.Absent}
-    groups = []
-    for answer, numbers in answers:
-        name, rule = f"series {answer['series']}", card["thresholds"]
-        if "highest" in answer:
-            rule = rule | (card.get("study") or {})
-        else:
-            reason = f": {answer['reason']}" if answer["reason"] else ""
-            name += f", slice {answer['slice'] + 1}{reason}"
-        values = answer["tumor_probability"], rule["low"], rule["high"]
-        found = presence.get(answer["verdict"], codes.SCT.Undetermined)
-        said = [(sr.CodedConcept("705057003", "SCT", "Presence"), found)]
-        if (label := answer["label"]) not in (None, NO_TUMOR):
-            kind = TYPES.get(label, (label[:16], SCHEME, label[:64]))
-            said.append((own("type", meaning="Most probable type"), sr.CodedConcept(*kind)))
-        tracking = uid.generate_uid(entropy_srcs=[place["sop_instance_uid"], name])
-        group = sr.MeasurementsAndQualitativeEvaluations(
-            sr.TrackingIdentifier(tracking, name),
-            finding_type=codes.SCT.Neoplasm,
-            finding_sites=[sr.FindingSite(codes.SCT.Brain)],
-            algorithm_id=algorithm,
-            measurements=[
-                sr.Measurement(own(code, meaning=meaning), value, codes.UCUM.NoUnits)
-                for (code, meaning), value in zip(FIGURES.items(), values)
-                if value is not None
-            ],
-            qualitative_evaluations=[sr.QualitativeEvaluation(*pair) for pair in said],
-            source_images=[sources[n].image for n in numbers],
-        )
-        groups.append(group)
-    device = uid.generate_uid(entropy_srcs=[model])
-    device = sr.DeviceObserverIdentifyingAttributes(device, CLASSIFIER)
-    observer = sr.ObserverContext(codes.DCM.Device, device)
-    context = sr.ObservationContext(observer_device_context=observer)
-    procedure, title = codes.LN.MRIUnspecifiedBodyRegion, codes.DCM.ImagingMeasurementReport
-    content = sr.MeasurementReport(context, procedure, groups, title)
-    return sr.ComprehensiveSR([*sources.values()], content, is_complete=True, **place)
-
-
-def secondary_capture(picture: Image.Image, source, place: dict):
-    """A heatmap of the scan whose header `source` is as a DICOM SC, marked in the picture."""
-    from highdicom.sc import SCImage
-
-    scale = -(-256 // picture.width)
-    picture = picture.resize((picture.width * scale, picture.height * scale))
-    style = {"anchor": "ld", "font_size": picture.width / 18, "stroke_width": 2}
-    style |= {"fill": "white", "stroke_fill": "black"}
-    ImageDraw.Draw(picture).text((6, picture.height - 6), NOT_DIAGNOSTIC, **style)
-    kind = "RGB", 8, "PATIENT"
-    place = place | {"patient_orientation": ("L", "P")}  # which is not known, and taken out
-    dataset = SCImage.from_ref_dataset(source, np.asarray(picture), *kind, **place)
-    dataset.PatientOrientation, dataset.BodyPartExamined = "", "BRAIN"
-    dataset.FrameOfReferenceUID = source.FrameOfReferenceUID
-    dataset.SourceImageSequence = source.image.ReferencedSOPSequence
-    return dataset
-
-
 @network.before_app_request
 def go_on() -> None:
     """Answer and send what a stopped server has left."""
