@@ -702,7 +702,7 @@ OVERLAY_BITS, MOSAIC_CREATOR, MOSAIC_SLICES = 0x60000100, 0x00190010, 0x0019100A
 # An item that begins with a JPEG's first marker, or with the table of an RLE frame
 FRAME_STARTS = rb"\xfe\xff\0\xe0.{4}(?:\xff[\xd8\x4f]\xff|[\1-\x0f]\0{3}\x40\0{3})"
 DEFLATED = b"1.2.840.10008.1.2.1.99"
-MOST_READS = 500_000  # of a header: two or three each element
+MOST_READS = 450_000  # of a header: two or three each element
 COMPUTED = re.compile(r"\b(ADC|FA|P|PHASE|MIP|MINIP|LOCALIZER|PROJECTION|\w+ (MAP|CAPTURE))\b")
 
 
@@ -786,9 +786,16 @@ class CountedReads(io.BytesIO):
 
     def read(self, *size):
         self.reads += 1
+        self.check()
+        return super().read(*size)
+
+    def check(self):
+        """Raise UnreadableScan after too many reads; pydicom makes other errors of it in places."""
         if self.reads > MOST_READS:
             raise UnreadableScan("A header has too many elements; export the scan again.", 413)
-        return super().read(*size)
+
+    def __exit__(self, *error):
+        self.check()
 
 
 class Header:
@@ -800,7 +807,8 @@ class Header:
     def __init__(self, data):
         from pydicom import dcmread
 
-        self.dataset, self.always_odd = dcmread(CountedReads(data), force=True), set()
+        with CountedReads(data) as file:
+            self.dataset, self.always_odd = dcmread(file, force=True), set()
         self.person = [self.text(key).upper().rstrip("^ ") for key in PERSON]  # as some write them
         self.of_frame(0)
 
@@ -824,7 +832,8 @@ class Header:
         try:
             if isinstance(element.value, bytes):
                 how = element.is_implicit_VR, element.is_little_endian, len(element.value)
-                setattr(dataset, key, read_sequence(CountedReads(element.value), *how, "iso8859"))
+                with CountedReads(element.value) as file:
+                    setattr(dataset, key, read_sequence(file, *how, "iso8859"))
             return list(dataset[key].value)
         except UnreadableScan:
             raise

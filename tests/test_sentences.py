@@ -15,7 +15,7 @@ from pydicom import uid
 from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate
 
-from app import Limits, UnreadableScan, read_upload
+from app import SECONDS, Limits, UnreadableScan, read_upload
 
 HEAD, DEEP = phantom(3, lesion=True, side=128), deep()
 SCAN, FRAMES = encode(HEAD, "JPEG"), np.stack([deep(n) for n in range(6)])
@@ -85,9 +85,9 @@ def many_pages(count=20_000):
     return b"II*\0\x08\0\0\0" + b"".join(pages)
 
 
-def many_elements(of_sequence):
-    """A DICOM header of 600,000 empty elements, or of one sequence of as many items."""
-    elements = (b"\xfe\xff\0\xe0\0\0\0\0" if of_sequence else b"\x29\0\x10\x10LO\0\0") * 600_000
+def many_elements(of_sequence, count=600_000):
+    """A DICOM header of so many empty elements, or of one sequence of as many items."""
+    elements = (b"\xfe\xff\0\xe0\0\0\0\0" if of_sequence else b"\x29\0\x10\x10LO\0\0") * count
     if of_sequence:
         elements = struct.pack("<HH2sHI", 0x5200, 0x9229, b"SQ", 0, len(elements)) + elements
     return DEEP_FILE.replace(b"\xe0\x7f\x10\0", elements + b"\xe0\x7f\x10\0", 1)
@@ -229,8 +229,17 @@ def test_a_small_file_of_large_cost_is_refused_before_the_work(make, status, sen
     data, start = make(), time.thread_time()
     with pytest.raises(UnreadableScan) as caught:
         read_upload([("scan", data)])
-    assert time.thread_time() - start < 3
+    assert time.thread_time() - start < SECONDS
     assert (caught.value.status, str(caught.value)) == (status, sentence)
+
+
+@pytest.mark.parametrize("most", range(300, 303))
+@pytest.mark.parametrize("of_sequence", [False, True])
+def test_too_many_elements_are_refused_wherever_the_limit_is_met(monkeypatch, most, of_sequence):
+    """Some of pydicom's reads make another error of any."""
+    monkeypatch.setattr("app.MOST_READS", most)
+    with pytest.raises(UnreadableScan, match=ELEMENTS):
+        read_upload([("scan", many_elements(of_sequence, 1000))])
 
 
 def test_a_plane_that_is_none_is_refused(app):
