@@ -23,7 +23,8 @@ app, model = flask.Flask(__name__), keras.models.load_model(os.environ["FLASK_MO
 @app.post("/upload")
 def upload():
     picture = Image.open(flask.request.files["file"]).convert("RGB").resize((224, 224))
-    return model.predict(numpy.asarray(picture, "float32")[None], verbose=0)[0].tolist()
+    scan = numpy.asarray(picture, "float32")[None]
+    return {"probabilities": model.predict(scan, verbose=0)[0].tolist()}
 """
 
 
