@@ -746,17 +746,15 @@ def check_picture(header, name, reading):
     """Raise UnreadableScan for a DICOM file without a picture, of a mosaic, or of a large cost."""
     dataset = header.dataset
     if header.text("Modality") in ("SEG", "RTDOSE") or not any(key in dataset for key in PIXELS):
-        why = "a DICOM file without a scan"
-        raise UnreadableScan(f"{name} is {why}; send the images of the study.")
+        raise UnreadableScan(f"{name} is a DICOM file without a scan; send images of the study.")
     header.complete()
     size, frames = (int(dataset.Columns), int(dataset.Rows)), dataset.NumberOfFrames
     counted = MOSAIC_SLICES in dataset and header.text(MOSAIC_CREATOR).startswith("SIEMENS")
     if frames == 1 and (counted or re.search("MOSAIC|VFRAME", header.text("ImageType").upper())):
         raise UnreadableScan(f"{name} is a Siemens or UIH mosaic; export one picture per slice.")
     samples, bits = dataset.SamplesPerPixel, dataset.BitsAllocated
-    bytes_each = 3 * max(1, bits // 8) * samples  # copied twice
     reading.take("scans", frames, name, "frames")
-    reading.take_pictures(size, name, bytes_each, frames)
+    reading.take_pictures(size, name, 3 * max(1, bits // 8) * samples, frames)  # copied twice
     data = next(dataset[key].value for key in PIXELS if key in dataset)
     held = 8 * len(data) // (bits * samples * math.prod(size))
     if dataset.file_meta.TransferSyntaxUID.is_encapsulated:

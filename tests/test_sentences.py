@@ -139,7 +139,7 @@ SENTENCES = [
      "crop it and send it again."),
     (SHIPPED["JPGExtended"], 415, "scan is compressed as JPEG Extended (Process 2 and 4) and "
      "cannot be decoded; export it uncompressed (Explicit VR Little Endian)."),
-    *((data, 415, "scan is a DICOM file without a scan; send the images of the study.")
+    *((data, 415, "scan is a DICOM file without a scan; send images of the study.")
       for data in (SHIPPED["rtplan"], dicom(DEEP, Modality="SEG"), dicom(DEEP, Modality="RTDOSE"))),
     *((dicom(DEEP, ImageType=["ORIGINAL", "PRIMARY", *kinds]), 415,
        "scan is a Siemens or UIH mosaic; export one picture per slice.")
