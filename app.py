@@ -36,7 +36,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache, partial, reduce
+from functools import cache, reduce
 from itertools import chain, islice
 from logging.handlers import WatchedFileHandler
 from multiprocessing.pool import ThreadPool
@@ -542,8 +542,9 @@ def tiff_values(page, data, pillow, name):
     bytes for unsigned ones, drops half of deep colours and mixes up the bytes of others.
     """
     bits, kind, unsaid = page.bitspersample, page.sampleformat, 262 not in page.tags
-    white_is_zero, samples = page.photometric == 0 and not unsaid, page.samplesperpixel
-    known = bits % 8 == 0 and page.dtype and page.photometric in (0, 1, 3, 2)[: 3 + (samples > 2)]
+    white_is_zero = page.photometric == 0 and not unsaid
+    kinds = (0, 1, 2, 3) if page.samplesperpixel > 2 else (0, 1, 3)
+    known = bits % 8 == 0 and page.dtype and page.photometric in kinds
     if known and page.compression in (1, 8, 32946) and page.predictor in (1, 2):
         check_deflated(page, data)
         values = page.asarray(maxworkers=1)
@@ -696,7 +697,6 @@ UPRIGHT = ((0, 1, 0, 0, 0, -1), (1, 0, 0, 0, 0, -1), (1, 0, 0, 0, 1, 0))  # of P
 PARTS = [f"{part}Sequence" for part in ("PlanePosition", "PlaneOrientation", "FrameContent",
          "PixelMeasures", "FrameVOILUT", "PixelValueTransformation")]  # of a frame
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-TEXTS = ("DS", "IS", "LO", "SH", "ST", "CS")  # value representations of characters
 COUNTS = dict(NumberOfFrames=1, SamplesPerPixel=1, PixelRepresentation=0, PlanarConfiguration=0)
 OVERLAY_BITS, MOSAIC_CREATOR, MOSAIC_SLICES = 0x60000100, 0x00190010, 0x0019100A
 # An item that begins with a JPEG's first marker, or with the table of an RLE frame
@@ -856,7 +856,7 @@ class Header:
         element = source.get_item(key)
         kind = dictionary_VR(key) if element.VR in (None, "UN") else element.VR
         try:
-            if isinstance(element.value, bytes) and kind in TEXTS:
+            if isinstance(element.value, bytes) and kind in ("DS", "IS", "LO", "SH", "ST", "CS"):
                 parts = self.text(key, source).split("\\")
             else:
                 parts = np.ravel(source[key].value)
@@ -872,20 +872,22 @@ class Header:
 
     def number(self, key, default=None):
         """The first number of an element."""
-        found = self.numbers(key, 1)
-        return found[0] if found else default
+        return (self.numbers(key, 1) or [default])[0]
 
     def ignore(self, key):
         """Say that an element is as if absent."""
         self.odd.add(f"{key} in the file makes no sense and was ignored.")
 
     def identifiers(self):
-        """What tells patient, study and object, as text; None if it cannot be referred to."""
+        """What tells patient, study and object, as text; None if nothing can refer to it."""
+        from pydicom.uid import UID
+
         known = dict.fromkeys((*IDENTIFIERS, *SOURCE), "")
         for key in known:
             with contextlib.suppress(Exception):  # as above
                 known[key] = str(self.dataset.get(key) or "")
-        return known if known["SOPInstanceUID"] else None
+        told = known["SOPInstanceUID"] and known["StudyInstanceUID"]
+        return known if told and UID(known["SOPClassUID"]).name.endswith("Image Storage") else None
 
     def complete(self):
         """Fill in what pydicom needs to decode the pixels; find the bits that hold a value."""
@@ -904,15 +906,14 @@ class Header:
             setattr(dataset, key, max(least, int(self.number(key, least))))
         if not re.fullmatch("|RGB|YBR.*|MONOCHROME[12]|PALETTE COLOR", kind):
             kind = self.ignore("PhotometricInterpretation")
-        default = ("MONOCHROME2", "RGB")[dataset.SamplesPerPixel > 1]
+        default = "RGB" if dataset.SamplesPerPixel > 1 else "MONOCHROME2"
         dataset.PhotometricInterpretation = kind or default
         dataset.BitsAllocated = allocated = int(dataset.BitsAllocated)
         stored = int(self.number("BitsStored", allocated))
         self.stored = stored if 0 < stored <= allocated else allocated
         self.shift = int(self.number("HighBit", self.stored - 1)) + 1 - self.stored
         if not 0 <= self.shift <= allocated - self.stored:
-            self.ignore("HighBit")
-            self.shift = 0
+            self.shift = self.ignore("HighBit") or 0
         if self.shift or not meta.TransferSyntaxUID.is_encapsulated:
             dataset.BitsStored = allocated  # of which pydicom would take the lowest
         self.always_odd = self.odd
@@ -948,7 +949,7 @@ def dicom_grey(frame, header):
     from pydicom.pixels import apply_color_lut
 
     dataset, kind = header.dataset, header.text("PhotometricInterpretation")
-    frame = stored = thinned(frame)
+    frame = whole = thinned(frame)
     packed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
     unused = (dataset.BitsAllocated - header.stored) * (frame.dtype.kind in "iu")
     if unused and not (packed and (not header.shift or frame.max() < 2**header.stored)):
@@ -969,7 +970,7 @@ def dicom_grey(frame, header):
         ends = np.array([first, header.number(f"{kind_of}PixelPaddingRangeLimit", first)])
         if frame.dtype.kind in "iu":  # either may be written signed or not
             ends = ends.astype(np.int64).astype(frame.dtype)
-        for found in (frame, frame if header.shift else stored):  # beyond the bits of values, too
+        for found in (frame,) if header.shift or frame is whole else (frame, whole):  # other bits
             values = np.where((found >= ends.min()) & (found <= ends.max()), np.nan, values)
     grey = windowed(values, header) or stretched(values)
     if kind == "MONOCHROME1":
@@ -993,10 +994,10 @@ def through_table(values, header, key, found):
         return values
     try:
         count, first, _ = (int(n) for n in np.ravel(tables[0].LUTDescriptor))
-        entries, order = tables[0].LUTData, "><"[header.dataset.original_encoding[1]]
+        entries, little = tables[0].LUTData, header.dataset.original_encoding[1]
         if isinstance(entries, bytes):
             words = len(entries) >= 2 * (count or 2**16)
-            entries = np.frombuffer(entries, f"{order}u2" if words else "u1")
+            entries = np.frombuffer(entries, ("<u2" if little else ">u2") if words else "u1")
         first -= 2**16 * (first >= 2**15 and (found < 0).any())  # written unsigned
         places = (np.nan_to_num(found).astype(np.int64) - first).clip(0, len(entries) - 1)
         return np.where(np.isfinite(values), np.asarray(entries, np.float32)[places], np.nan)
@@ -1450,7 +1451,9 @@ class Classifier:
         """Outputs by name for uint8 (N, 224, 224, 3), first come, first served."""
         turn = queue.SimpleQueue()  # where the engine comes that is free for this caller
         with self.lock:
-            turn.put(self.engines.pop()) if self.engines else self.waiting.append(turn)
+            self.waiting.append(turn)
+            if self.engines:
+                self.waiting.popleft().put(self.engines.pop())
         engine = turn.get()
         try:
             return engine(prepared)
@@ -1478,12 +1481,12 @@ class Classifier:
         unlike = self.unlike and distance > self.unlike["limit"]
         finding = self.finding(outputs["probabilities"], outputs["heat"], unlike)
         outside = finding.label != NO_TUMOR and outside_head(prepared, finding.heat) > 0.5
-        warnings = {
+        said = {
             "This may not be a brain MRI.": self.gate and score < self.gate["doubt"],
             "Uncertain: unlike the scans this model was trained on.": unlike,
             "The network looked outside the head; the answer may be unreliable.": outside,
         }
-        return replace(finding, warnings=tuple(text for text, holds in warnings.items() if holds))
+        return replace(finding, warnings=tuple(text for text, holds in said.items() if holds))
 
     def finding(self, probabilities, heat, unlike=False):
         """The Finding for the network's outputs for one scan; uncertain if it is `unlike` all."""
@@ -1741,9 +1744,19 @@ def is_damaged(folder: pathlib.Path) -> bool:
     return (folder / "damaged").exists() or any(cut_off)
 
 
+def kept_png(folder: pathlib.Path) -> bytes:
+    """The file scan.png that keep_scan() kept; damage is told by its checksums."""
+
+    def checked(data):
+        Image.open(io.BytesIO(data)).verify()
+        return data
+
+    return read_kept(folder / "scan.png", checked)
+
+
 def kept_picture(folder: pathlib.Path) -> Image.Image:
-    """The grey picture that keep_scan() kept."""
-    return read_kept(folder / "scan.png", lambda data: Image.open(io.BytesIO(data)).convert("L"))
+    """The grey picture in it."""
+    return Image.open(io.BytesIO(kept_png(folder))).convert("L")
 
 
 def png_of(picture: Image.Image, **options) -> bytes:
@@ -2095,6 +2108,7 @@ def has_network() -> bool:
     return all(map(importlib.util.find_spec, ("highdicom", "pynetdicom")))
 
 
+@quiet()
 def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, bytes]:
     """What a PACS can file of a result whose identifiers were kept, as files by name.
 
@@ -2106,7 +2120,7 @@ def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, b
     entries, studies, objects = result["scans"], {}, {}
     for path in folder.glob("*/identifiers.json") if result["status"] == "done" else ():
         n = int(path.parent.name)
-        studies.setdefault(entries[n]["study"], {})[n] = read_kept(path, source_of)
+        studies.setdefault(entries[n]["study"], {})[n] = source_of(read_kept(path, identifiers_in))
     for study, sources in studies.items():
         seed = sorted(f"{s.SOPInstanceUID} {s.known['frame']}" for s in sources.values())
         seed.insert(0, result["model"]["sha256"])
@@ -2136,16 +2150,22 @@ def dicom_objects(folder: pathlib.Path, result: dict, card: dict) -> dict[str, b
     return objects
 
 
-def source_of(data):
-    """The header of a scan in the bytes of its identifiers.json, all of it in `known`."""
+def identifiers_in(data):
+    """What read_dicom() told of an object, from the bytes of its identifiers.json."""
+    known = json.loads(data)
+    return {key: known[key] for key in (*IDENTIFIERS, *SOURCE, "frame")}
+
+
+def source_of(known):
+    """The header of a scan whose identifiers are `known`."""
     from highdicom.sr import SourceImageForMeasurementGroup
     from pydicom import Dataset
 
     source = Dataset()
-    source.known = json.loads(data)
-    source.update(source.known | dict.fromkeys(IDENTIFIERS, ""))  # libraries check these
-    source.StudyInstanceUID = source.known["StudyInstanceUID"]
-    frames = source.known["frame"] and [source.known["frame"]]
+    source.known = known
+    source.update(known | dict.fromkeys(IDENTIFIERS, ""))  # libraries check these
+    source.StudyInstanceUID = known["StudyInstanceUID"]
+    frames = known["frame"] and [known["frame"]]
     image = source.SOPClassUID, source.SOPInstanceUID, frames
     source.image = SourceImageForMeasurementGroup(*image)
     return source
@@ -2157,24 +2177,24 @@ def report_of(answers: list[tuple], sources: dict, card: dict, place: dict):
     from pydicom import uid
     from pydicom.sr.codedict import codes
 
-    own = partial(sr.CodedConcept, scheme_designator=SCHEME)
     model = f"model.keras sha256 {place['software_versions']}"
     algorithm = sr.AlgorithmIdentification(ALGORITHM, card["created"], [model, NOT_DIAGNOSTIC])
     presence = {"tumor": codes.SCT.Present, NO_TUMOR: codes.SCT.Absent}
     groups = []
-    for answer, numbers in answers:
-        name, rule = f"series {answer['series']}", card["thresholds"]
-        if "highest" in answer:
+    for one, numbers in answers:
+        name, rule = f"series {one['series']}", card["thresholds"]
+        if "highest" in one:
             rule = rule | (card.get("study") or {})
         else:
-            reason = f": {answer['reason']}" if answer["reason"] else ""
-            name += f", slice {answer['slice'] + 1}{reason}"
-        values = answer["tumor_probability"], rule["low"], rule["high"]
-        found = presence.get(answer["verdict"], codes.SCT.Undetermined)
+            reason = f": {one['reason']}" if one["reason"] else ""
+            name += f", slice {one['slice'] + 1}{reason}"
+        values = one["tumor_probability"], rule["low"], rule["high"]
+        found = presence.get(one["verdict"], codes.SCT.Undetermined)
         said = [(sr.CodedConcept("705057003", "SCT", "Presence"), found)]
-        if (label := answer["label"]) not in (None, NO_TUMOR):
+        if (label := one["label"]) not in (None, NO_TUMOR):
             kind = TYPES.get(label, (label[:16], SCHEME, label[:64]))
-            said.append((own("type", meaning="Most probable type"), sr.CodedConcept(*kind)))
+            type_of = sr.CodedConcept("type", SCHEME, "Most probable type")
+            said.append((type_of, sr.CodedConcept(*kind)))
         tracking = uid.generate_uid(entropy_srcs=[place["sop_instance_uid"], name])
         group = sr.MeasurementsAndQualitativeEvaluations(
             sr.TrackingIdentifier(tracking, name),
@@ -2182,7 +2202,7 @@ def report_of(answers: list[tuple], sources: dict, card: dict, place: dict):
             finding_sites=[sr.FindingSite(codes.SCT.Brain)],
             algorithm_id=algorithm,
             measurements=[
-                sr.Measurement(own(code, meaning=meaning), value, codes.UCUM.NoUnits)
+                sr.Measurement(sr.CodedConcept(code, SCHEME, meaning), value, codes.UCUM.NoUnits)
                 for (code, meaning), value in zip(FIGURES.items(), values)
                 if value is not None
             ],
@@ -2355,7 +2375,10 @@ class Node:
             for folder in sorted(self.peers[peer].glob("*"), key=os.path.getmtime):
                 try:
                     for path in sorted(folder.iterdir()):
-                        stow(peer, path) if "://" in peer else c_store(peer, path, self.title)
+                        if "://" in peer:
+                            stow(peer, path)
+                        else:
+                            c_store(peer, path, self.title)
                         path.unlink()
                     folder.rmdir()
                     wait = 1
@@ -2402,7 +2425,6 @@ def stow(url: str, path: pathlib.Path) -> None:
             raise ConnectionError(f"it answered with status {response.status}")
 
 
-@quiet()
 @network.before_app_request
 def go_on() -> None:
     """Answer and send what a stopped server has left."""
@@ -2422,8 +2444,11 @@ def store_instances() -> Response:
         abort(415, "DICOM objects are taken here as multipart/related, type application/dicom.")
     node, most = current_app.stow(), current_app.config["MAX_FORM_PARTS"]
     with current_app.jobs.reserve(1), tempfile.TemporaryDirectory(dir=node.arriving) as folder:
-        new_file = partial(tempfile.NamedTemporaryFile, dir=folder, suffix=".dcm", delete=False)
-        parser = formparser.MultiPartParser(lambda **_: new_file(), max_form_parts=most)
+
+        def new_file(**_):
+            return tempfile.NamedTemporaryFile(dir=folder, suffix=".dcm", delete=False)
+
+        parser = formparser.MultiPartParser(new_file, max_form_parts=most)
         try:
             parts = parser.parse(request.stream, boundary.encode(), request.content_length)[1]
         except ValueError:
@@ -2435,10 +2460,10 @@ def store_instances() -> Response:
             item.update({f"Referenced{uid}": head.get(uid, "") for uid in UIDS[:2]})
             item.update({"FailureReason": status} if status else {})
             items.setdefault(key, []).append(item)
-    answer = Dataset()
-    answer.update(items)
+    told = Dataset()
+    told.update(items)
     status = 200 if "FailedSOPSequence" not in items else 409 if len(items) == 1 else 202
-    return Response(answer.to_json(), status, mimetype="application/dicom+json")
+    return Response(told.to_json(), status, mimetype="application/dicom+json")
 
 
 @network.get("/dicomweb/studies/<study>/results")
@@ -2632,7 +2657,7 @@ def result_page(upload_id: str) -> str:
     """The answer for people: one scan, or series of them with a table, ROWS at a time."""
     result = load_result(upload_id)
     if result["status"] == "done" and len(result["scans"]) == 1:
-        return scan_page(upload_id, 0)
+        return render_scan(result, 0)
     scans, page = list(enumerate(result["scans"])), request.args.get("page", 1, int)
     if request.args.get("order") != "slice":
         scans.sort(key=lambda numbered: -(numbered[1]["tumor_probability"] or 0))
@@ -2645,8 +2670,13 @@ def result_page(upload_id: str) -> str:
 @pages.get("/results/<upload_id>/<int:n>")
 def scan_page(upload_id: str, n: int) -> str:
     """The answer for scan n of a result."""
-    (result, scan), card = load_scan(upload_id, n), current_app.classifier.card
-    known = {"result": result, "scan": scan, "n": n, "card": card}
+    return render_scan(load_scan(upload_id, n)[0], n)
+
+
+def render_scan(result: dict, n: int) -> str:
+    """The page of scan n of a result."""
+    card = current_app.classifier.card
+    known = {"result": result, "scan": result["scans"][n], "n": n, "card": card}
     return render_template("result.html", **known, example=screening_example(card))
 
 
@@ -2690,20 +2720,18 @@ def result_zip(upload_id: str) -> Response:
 
 
 @pages.get("/results/<upload_id>/<int:n>/<any(scan, thumbnail, heatmap, heat):name>.png")
-def picture(upload_id: str, n: int, name: str) -> Response:
+def scan_png(upload_id: str, n: int, name: str) -> Response:
     """The scan as it was read; a thumbnail of it; the heat over it, or alone to be laid over it."""
     folder = result_folder(upload_id) / str(n)
-    if name == "heatmap":
-        scan = load_scan(upload_id, n)[1]
-        drawn = drawn_heatmap(folder, scan, "evidence" in request.args)
-    else:
-        drawn = kept_picture(folder)
     if name == "scan":
-        return utils.send_file(folder / "scan.png", request.environ)
+        return Response(kept_png(folder), mimetype="image/png")
     if name == "thumbnail":
+        drawn = kept_picture(folder)
         drawn.thumbnail((96, 96), Image.Resampling.BILINEAR)
-    if name == "heat":  # also where the answer is no tumor
-        drawn = heat_of(folder, drawn, load_scan(upload_id, n)[1]["crop"])
+    elif name == "heat":  # also where the answer is no tumor
+        drawn = heat_of(folder, kept_picture(folder), load_scan(upload_id, n)[1]["crop"])
+    else:
+        drawn = drawn_heatmap(folder, load_scan(upload_id, n)[1], "evidence" in request.args)
     return Response(png_of(drawn), mimetype="image/png")
 
 
@@ -2717,10 +2745,9 @@ def correct(upload_id: str, n: int) -> Response:
     if label not in labels:
         abort(400, f"The label has to be one of {', '.join(labels)}.")
     study = load_scan(upload_id, n)[1]["study"]
-    kept_picture(kept := result_folder(upload_id) / str(n))  # a damaged one teaches nothing
-    picture = (kept / "scan.png").read_bytes()
+    scan = kept_png(result_folder(upload_id) / str(n))
     patient = hashlib.sha256(f"{upload_id} {study or n}".encode()).hexdigest()[:16]  # in one part
-    keep_correction(pathlib.Path(folder), picture, label, patient)
+    keep_correction(pathlib.Path(folder), scan, label, patient)
     audit("correction", id=upload_id, scan=n, label=label)
     return redirect(current_app.url_for(".scan_page", upload_id=upload_id, n=n, kept=label), 303)
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 import zipfile
 from importlib import util
 
@@ -131,13 +132,21 @@ def test_the_zip_holds_what_a_pacs_can_file_if_identifiers_were_kept(app, send, 
 
 @pytest.mark.filterwarnings("ignore:(Invalid value|A value of type):UserWarning")  # of pydicom, here
 def test_two_patients_of_one_upload_are_filed_each_under_their_own_name(app, send):
-    """Also where a date or the sex is not as the standard has it."""
+    """Also where a date or the sex is not as the standard has it; no warning quotes them."""
     odd = {"PatientBirthDate": "1950/02/31x", "PatientSex": "MALE"}
     sent = drawn(1, "1.2.3", PatientID="A", **odd) + drawn(3, "1.2.4", PatientID="B")
-    objects = in_zip(app, send(*sent, identifiers="keep").get_json())
+    result = send(*sent, identifiers="keep").get_json()
+    with warnings.catch_warnings(action="error"):
+        objects = in_zip(app, result)
     filed = [pydicom.dcmread(io.BytesIO(data)) for data in objects]
     found = {(one.PatientID, one.StudyInstanceUID) for one in filed}
     assert found == {("A", "1.2.3"), ("B", "1.2.4")}
+
+
+@pytest.mark.parametrize("tags", [{"SOPClassUID": "1.2.3"}, {"StudyInstanceUID": ""}])
+def test_what_nothing_can_refer_to_gets_its_zip_without_objects(app, send, tags):
+    result = send(dicom(deep(), **TAGS | tags), identifiers="keep").get_json()
+    assert not in_zip(app, result)
 
 
 def test_the_report_names_frames_and_says_what_was_rejected(app, send):
