@@ -75,13 +75,13 @@ def drawn_head(seed=0, lesion=False, side=384):
         rough = ndimage.gaussian_filter(random.normal(size=(side, side)), size * side / 384)
         return rough / rough.std()
 
-    folds, wobble, grain, noise = map(uneven, (6, 40, 2, 0.7))
+    folds, wobble, noise = map(uneven, (6, 40, 0.7))
     y, x = np.mgrid[-1:1:side * 1j, -1:1:side * 1j]
     radius, across = np.hypot(x / 0.72, y / 0.88) + 0.012 * wobble, abs(x + 0.01 * wobble)
     brain = radius < 0.8
-    levels = np.select([brain, radius < 0.84, radius < 0.91, radius < 1], [130, 20, 20, 205], 0)
-    levels[brain & (radius > 0.71 - 0.06 * folds)] = 115
-    levels[brain & (radius > 0.6) & (abs(folds) < 0.18)] = 40
+    levels = np.select([brain, radius < 0.84, radius < 0.91, radius < 1], [100, 5, 25, 250], 0)
+    levels[brain & (radius > 0.71 - 0.06 * folds)] = 90
+    levels[brain & (radius > 0.6) & (abs(folds) < 0.3)] = 20
     levels[brain & (across < 0.008) & (abs(y) > 0.3)] = 20
     for right, down, wide, high in (0.1, -0.2, 0.045, 0.2), (0.13, 0.22, 0.05, 0.17):
         turned = (across - right + 1j * (y - down)) * np.exp(0.25j if down < 0 else -0.5j)
@@ -90,8 +90,8 @@ def drawn_head(seed=0, lesion=False, side=384):
         reach = np.hypot(x - 0.32, y + 0.25) / 0.2 + 0.07 * folds
         for within, level in (1.4, 0.7 * levels), (1, 230), (0.5, 60):
             levels = np.where(brain & (reach < within), level, levels)
-    soft = ndimage.gaussian_filter(levels + 5 * grain * brain, 2.1 * side / 384)
-    return (soft + 3 * abs(noise)).clip(0, 255).astype(np.uint8)
+    soft = ndimage.gaussian_filter(levels, 4 * side / 384)
+    return (soft + 5 * abs(noise)).clip(0, 255).astype(np.uint8)
 
 
 def encode(pixels, kind="PNG", **options):
