@@ -1471,7 +1471,7 @@ class Classifier:
         """The Finding for a scan."""
         prepared = prepare(scan.pixels, scan.box)
         outputs = {name: values[0] for name, values in self.infer(prepared[None]).items()}
-        score = gate_score(self.gate, outputs["texture"]) if self.gate else math.inf
+        score = gate_score(self.gate, gate_input(outputs)) if self.gate else math.inf
         reason = why_rejected(scan, prepared[..., 0])
         if not reason and self.gate and score < self.gate["refuse"]:
             reason = "This does not look like a slice of a brain MRI."
@@ -1521,7 +1521,7 @@ def read_gate(card: dict, outputs: dict[str, np.ndarray], path: pathlib.Path) ->
             for part, names in (("gate", GATE), ("unlike", UNLIKE))
         )
         tried = [unlikeness(unlike, outputs["embedding"])] if unlike else []
-        tried += [gate_score(gate, outputs["texture"])] if gate else []
+        tried += [gate_score(gate, gate_input(outputs))] if gate else []
         if any(values.shape != (len(outputs["probabilities"]),) for values in tried):
             raise ValueError("not one number for each scan")
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -1529,12 +1529,17 @@ def read_gate(card: dict, outputs: dict[str, np.ndarray], path: pathlib.Path) ->
     return gate, unlike
 
 
-def gate_score(gate: dict, texture: np.ndarray) -> np.ndarray:
-    """How much textures (..., D) look like brain MRI, (...,): a logistic regression.
+def gate_input(outputs: dict[str, np.ndarray]) -> np.ndarray:
+    """What blocks 3 and 4 (texture) and 5 (embedding) see, averaged over the scan, (..., D)."""
+    return np.concatenate([outputs["texture"], outputs["embedding"]], -1)
 
-    The texture is what blocks 3 and 4 see, averaged over the scan; its logarithm takes out scale.
+
+def gate_score(gate: dict, seen: np.ndarray) -> np.ndarray:
+    """How much gate inputs (..., D) look like brain MRI, (...,): a logistic regression.
+
+    Their logarithm takes out scale.
     """
-    return np.log1p(gate["scale"] * texture) @ gate["weights"] + gate["bias"]
+    return np.log1p(gate["scale"] * seen) @ gate["weights"] + gate["bias"]
 
 
 def unlikeness(unlike: dict, embedding: np.ndarray) -> np.ndarray:

@@ -138,10 +138,11 @@ def test_the_gate_rejects_what_lies_below_its_threshold(classifier, monkeypatch)
     assert finding == Finding("rejected", reason="This does not look like a slice of a brain MRI.")
 
 
-def test_the_gate_weighs_the_texture():
-    """By hand: log(1 + 2 * 0.5) = log 2 at each of three places, weighed, plus the bias."""
-    gate = {"scale": 2.0, "weights": np.array([1.0, 2.0, -4.0]), "bias": 0.25}
-    assert web.gate_score(gate, np.full((2, 3), 0.5)) == pytest.approx(0.25 - np.log(2))
+def test_the_gate_weighs_texture_and_embedding():
+    """By hand: log(1 + 2 * 0.5) = log 2 of two textures and log(1 + 4 * 0.5) of an embedding, weighed, plus the bias."""
+    seen = web.gate_input({"texture": np.full((2, 2), 0.5), "embedding": np.full((2, 1), 0.5)})
+    gate = {"scale": np.array([2.0, 2.0, 4.0]), "weights": np.array([1.0, 2.0, -4.0]), "bias": 0.25}
+    assert web.gate_score(gate, seen) == pytest.approx(0.25 + 3 * np.log(2) - 4 * np.log(3))
 
 
 def test_what_is_no_scan_gets_no_diagnosis(classifier):

@@ -267,7 +267,7 @@ def test_the_mean_of_a_tail_is_the_logits_of_the_network(notebook, network, afte
     scans = np.stack([phantom(seed, side=64) for seed in (1, 2)])[..., None].repeat(3, -1).astype(np.float32)
     before = notebook["keras"].Model(network.input, network.get_layer(after).output)
     logits = np.asarray(notebook["tail"](network, after)(before(scans))).mean((1, 2))
-    np.testing.assert_allclose(notebook["softmax"](logits, 1), np.asarray(network(scans)), atol=1e-4)
+    np.testing.assert_allclose(notebook["special"].softmax(logits, 1), np.asarray(network(scans)), atol=1e-4)
 
 
 def test_an_interval_is_that_of_units_not_of_scans(notebook):
@@ -362,10 +362,15 @@ def test_the_notebook_writes_a_model_that_the_app_serves(tmp_path, fill, labels,
 
 
 def network_is_kept(tmp_path, settings, card):
-    """With NETWORK the same answers get another gate, and nothing is trained; other training scans are refused."""
+    """With NETWORK the same answers get another gate, and nothing is trained; other training scans are refused.
+
+    So is a test on scans that chose the network's temperature.
+    """
     again = {"NETWORK": f"{tmp_path}/model.keras", "OUTPUT": f"{tmp_path}/again"}
     refused = run_notebook(settings | again | {"DATA": f"{tmp_path}/data"}, tmp_path / "again")
     assert "was trained on other scans than DATA puts into training" in refused.stderr
+    refused = run_notebook(settings | again | {"OUTSIDE_TEST": "brats_peds,hippo_healthy_mr,utsw_glioma"}, tmp_path / "again")
+    assert "chose its temperature on utsw_glioma; take that out of OUTSIDE_TEST" in refused.stderr
     done = run_notebook(settings | again, tmp_path / "again")
     assert done.returncode == 0, done.stderr[-3000:]
     before, after = (web.read_archive(folder / "model.keras") for folder in (tmp_path, tmp_path / "again"))
